@@ -1,0 +1,1 @@
+"""Adapter files to deltas and back."""

@@ -1,0 +1,144 @@
+"""What an adapter is once it is read, what a family must do to read one, and the checks all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssh_deploy.checkpoints.fingerprint import Fingerprint
+from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.replaced import ReplacedModule
+from ssh_deploy.errors import AdapterFileError
+
+#: Shapes [out, in] of a base's weights by the adapter's own module paths.
+Shapes = Mapping[str, tuple[int, int]]
+
+TASKS = ("feature-extraction", "text-classification", "causal-lm")
+MAX_SIDE = 1 << 24  # no weight has a longer side; declared shapes above it are a forged file
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """One adapter, whatever file it came from.
+
+    Attributes:
+        family: registered name of the family that read it.
+        deltas: by module path as in the model it was trained on (no ``base_model.model.``, no ``.weight``).
+        replaced: modules trained whole (classifier heads), by module path.
+        digest: sha256 (hex) of its content: its identity, whatever its name.
+        source: where it was read.
+        base: name of the base it was trained on, or None.
+        fingerprint: samples of that base, or None: then it is "base unverified".
+        task: one of `TASKS`, or None.
+        labels: class names in the order of the head's rows; empty when unnamed.
+        settings: what else the file says of its training (n, δ, seed).
+    """
+
+    family: str
+    deltas: Mapping[str, Delta]
+    replaced: Mapping[str, ReplacedModule]
+    digest: str
+    source: Path
+    base: str | None = None
+    fingerprint: Fingerprint | None = None
+    task: str | None = None
+    labels: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers in its deltas, heads aside."""
+        return sum(delta.parameters for delta in self.deltas.values())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AdapterFiles:
+    """A PEFT folder, opened and bounded but not yet understood.
+
+    ``config``: adapter_config.json; ``tensors``: by name as saved; ``modules``: tensors grouped by module path,
+    prefix stripped; ``shapes``: of the base's weights where the caller knows them.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, NDArray[Any]]
+    digest: str
+    shapes: Shapes | None = None
+
+
+class Family(Protocol):
+    """Reads one kind of adapter; stateless. Its name is written in files."""
+
+    name: str
+    peft_type: str
+
+    def read(self, files: AdapterFiles) -> Adapter:
+        """Deltas of a PEFT folder of this family."""
+
+    def config(self, adapter: Adapter) -> dict[str, Any]:
+        """The family's own fields of adapter_config.json, to write ``adapter`` as a PEFT folder."""
+
+    def tensors(self, module: str, delta: Any) -> dict[str, NDArray[Any]]:
+        """Tensors of one delta by the name PEFT gives them, for a PEFT folder."""
+
+
+def check_shape(where: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """``shape`` as (out, in) when it is one.
+
+    Raises:
+        AdapterFileError: not two sides of 1…`MAX_SIDE`.
+    """
+    good = len(shape) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and 0 < s <= MAX_SIDE for s in shape)
+    if not good:
+        raise AdapterFileError(
+            f"{where}: shape {list(shape)} is not two sides of 1 to {MAX_SIDE}.", hint="The file is damaged or forged."
+        )
+    return (shape[0], shape[1])
+
+
+def check_spectrum(
+    where: str, rows: NDArray[Any], cols: NDArray[Any], values: NDArray[Any], shape: tuple[int, int]
+) -> None:
+    """Refuse a spectrum that is not n finite values at n distinct places inside ``shape``.
+
+    Raises:
+        AdapterFileError: with the first offending place.
+    """
+    hint = "The file is damaged or was made for a weight of another shape."
+    if not (rows.shape == cols.shape == values.shape and rows.ndim == 1):
+        raise AdapterFileError(
+            f"{where}: {values.shape} values, {rows.shape} rows and {cols.shape} cols are not one length.", hint=hint
+        )
+    if rows.size > shape[0] * shape[1]:
+        raise AdapterFileError(f"{where}: {rows.size} coefficients in a weight of {shape[0]}×{shape[1]}.", hint=hint)
+    for side, places, size in (("row", rows, shape[0]), ("column", cols, shape[1])):
+        bad = np.flatnonzero((places < 0) | (places >= size)) if places.size else places
+        if bad.size:
+            raise AdapterFileError(
+                f"{where}: coefficient {bad[0]} has {side} {int(places[bad[0]])}, outside 0…{size - 1}.", hint=hint
+            )
+    flat = np.sort(rows.astype(np.int64) * shape[1] + cols.astype(np.int64))
+    twice = np.flatnonzero(flat[1:] == flat[:-1])
+    if twice.size:
+        u, v = divmod(int(flat[twice[0]]), shape[1])
+        raise AdapterFileError(f"{where}: place ({u}, {v}) occurs twice.", hint=hint)
+    check_finite(where, values)
+
+
+def check_finite(where: str, values: NDArray[Any]) -> None:
+    """Refuse NaN and infinities.
+
+    Raises:
+        AdapterFileError: with how many there are.
+    """
+    bad = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32, copy=False))))
+    if bad:
+        raise AdapterFileError(
+            f"{where}: {bad} of {values.size} values are NaN or infinite.",
+            hint="The training diverged or the file is damaged; no base would answer sensibly with it.",
+        )

@@ -1,0 +1,301 @@
+"""The compact adapter file: one safetensors file, 6 bytes per coefficient, its own digest inside (FORMAT.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectrum
+from ssh_deploy.adapters.safefile import SafeFile, open_safefile
+from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
+from ssh_deploy.deltas.replaced import ReplacedModule
+from ssh_deploy.deltas.spectral import NORMS, SpectralDelta
+from ssh_deploy.errors import AdapterFileError, OutputError
+from ssh_deploy.registry import families
+from ssh_deploy.transforms import transform_names
+
+FORMAT = "ssh-deploy-adapter"
+VERSION = 1
+SCALINGS = {"backward": "alpha/(out*in)", "ortho": "alpha"}
+
+
+def read_file(path: Path) -> Adapter:
+    """Read a compact adapter file, every rule of FORMAT.md checked; spectra are zero-copy views of the mapped file.
+
+    Raises:
+        AdapterFileError: anything the format does not allow, with the tensor or field.
+    """
+    file = open_safefile(path)
+    if file.metadata.get("format") != FORMAT:
+        raise AdapterFileError(
+            f"{path}: not a compact adapter file (its metadata has no format={FORMAT!r}).",
+            hint="A PEFT adapter is given as its folder; other safetensors files are not adapters.",
+        )
+    if file.metadata.get("version") != str(VERSION):
+        raise AdapterFileError(
+            f"{path}: format version {file.metadata.get('version')!r}; this release reads {VERSION}.",
+            hint="Upgrade ssh-deploy, or convert the adapter again with this release.",
+        )
+    found = content_digest(file.metadata, file.table, file.payload)
+    if found != file.metadata.get("sha256"):
+        raise AdapterFileError(
+            f"{path}: its content has sha256 {found[:16]}…, its metadata says "
+            f"{file.metadata.get('sha256', 'nothing')[:16]}…: bits were changed.",
+            hint="Fetch or make the file again.",
+        )
+    return _adapter(file, _fields(file), found)
+
+
+def write_file(adapter: Adapter, path: Path, *, values_dtype: Any = np.float16, overwrite: bool = False) -> str:
+    """Write ``adapter`` as a compact file through a temporary sibling and a rename; returns its digest.
+
+    Args:
+        adapter: its deltas must all be spectral, of one transform, scaling and α.
+        path: where.
+        values_dtype: float16 or float32 of the values; places take uint16, or uint32 where a side exceeds 65,535.
+        overwrite: replace an existing file (a mapped file stays valid: its inode is not touched).
+
+    Raises:
+        AdapterFileError: deltas of another kind, or values that overflow ``values_dtype``.
+        OutputError: exists already or cannot be written.
+    """
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already.", hint="Choose another name or remove it first.")
+    tensors, fields = _tensors_and_fields(adapter, np.dtype(values_dtype))
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "adapter": json.dumps(fields, sort_keys=True, ensure_ascii=False),
+    }
+    # The digest covers the table of tensors too, so the file is laid out once without it to learn the table.
+    draft = save(tensors, metadata=metadata)
+    header = json.loads(draft[8 : 8 + int.from_bytes(draft[:8], "little")])
+    table = {k: v for k, v in header.items() if k != "__metadata__"}
+    payload = memoryview(draft)[8 + int.from_bytes(draft[:8], "little") :]
+    digest = content_digest(metadata, table, payload)
+    _write_whole(path, save(tensors, metadata={**metadata, "sha256": digest}))
+    return digest
+
+
+def content_digest(metadata: Mapping[str, str], table: Mapping[str, Any], payload: memoryview) -> str:
+    """sha256 (hex) over the canonical JSON of metadata (without ``sha256``) and tensor table, then the payload."""
+    head = [{k: v for k, v in metadata.items() if k != "sha256"}, {k: dict(v) for k, v in table.items()}]
+    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    digest.update(payload)
+    return digest.hexdigest()
+
+
+def _fields(file: SafeFile) -> dict[str, Any]:
+    try:
+        fields = json.loads(file.metadata["adapter"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{file.path}: metadata field 'adapter' is not JSON.", hint="Not our file.") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(f"{file.path}: metadata field 'adapter' is not an object.", hint="Not our file.")
+    return fields
+
+
+def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
+    path = file.path
+    family = _one_of(path, fields, "family", sorted(families()))
+    transform = _one_of(path, fields, "transform", transform_names())
+    norm = {v: k for k, v in SCALINGS.items()}[_one_of(path, fields, "scaling", sorted(SCALINGS.values()))]
+    transposed = _one_of(path, fields, "orientation", ["out,in", "in,out"]) == "in,out"
+    alpha = fields.get("alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not np.isfinite(alpha):
+        raise AdapterFileError(f"{path}: alpha is {alpha!r}, not a finite number.", hint="The file is forged.")
+    modules = _object(path, fields, "modules")
+    left = set(file.tensors)
+    deltas = {}
+    for module, shape in modules.items():
+        where = f"{path}: {module}"
+        sides = check_shape(where, tuple(shape) if isinstance(shape, list) else ())
+        parts = [_take(path, file, f"spectral.{module}.{part}", left) for part in ("values", "rows", "cols")]
+        values, rows, cols = parts
+        _check_dtypes(where, values, rows, cols)
+        if transposed:
+            rows, cols, sides = cols, rows, (sides[1], sides[0])
+        check_spectrum(where, rows, cols, values, sides)
+        deltas[module] = SpectralDelta(sides, transform, rows, cols, values, float(alpha), norm)
+    replaced = {}
+    for module, names in _object(path, fields, "heads").items():
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise AdapterFileError(f"{path}: head {module!r} lists no tensors.", hint="The file is forged.")
+        tensors = {name: _take(path, file, f"replaced.{module}.{name}", left) for name in names}
+        for name, tensor in tensors.items():
+            check_finite(f"{path}: {module}.{name}", tensor)
+        replaced[module] = ReplacedModule(tensors)
+    fingerprint = _fingerprint(file, fields, left)
+    if left:
+        raise AdapterFileError(f"{path}: tensors that nothing declares: {sorted(left)[:5]}.", hint="The file is forged.")
+    return Adapter(
+        family=family,
+        deltas=deltas,
+        replaced=replaced,
+        digest=digest,
+        source=path,
+        base=_text(path, fields, "base"),
+        fingerprint=fingerprint,
+        task=_task(path, fields),
+        labels=_labels(path, fields),
+        settings={k: fields[k] for k in ("n", "delta_ratio", "seed") if fields.get(k) is not None},
+    )
+
+
+def _fingerprint(file: SafeFile, fields: dict[str, Any], left: set[str]) -> Fingerprint | None:
+    stored = fields.get("fingerprint")
+    if stored is None:
+        return None
+    path = file.path
+    if not isinstance(stored, dict) or not isinstance(stored.get("architecture"), str):
+        raise AdapterFileError(f"{path}: fingerprint names no architecture.", hint="The file is forged.")
+    sites = {}
+    for site, shape in _object(path, stored, "sites").items():
+        values = _take(path, file, f"fingerprint.{site}", left)
+        sides = check_shape(f"{path}: fingerprint of {site}", tuple(shape) if isinstance(shape, list) else ())
+        if values.dtype != ml_dtypes.bfloat16 or values.shape != (min(SAMPLES, sides[0] * sides[1]),):
+            raise AdapterFileError(
+                f"{path}: fingerprint of {site} is {values.dtype} {values.shape}.", hint="The file is forged."
+            )
+        sites[site] = SiteSample(sides, values)
+    fingerprint = Fingerprint(stored["architecture"], sites)
+    if fingerprint.sha256 != stored.get("sha256"):
+        raise AdapterFileError(f"{path}: fingerprint samples do not have its sha256.", hint="The file is forged.")
+    return fingerprint
+
+
+def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    if dtype not in (np.float16, np.float32):
+        raise AdapterFileError(f"Values cannot be stored as {dtype}.", hint="Use float16 or float32.")
+    kinds = {(d.transform, d.norm, d.alpha) if isinstance(d, SpectralDelta) else d.kind for d in adapter.deltas.values()}
+    if len(kinds) != 1 or not isinstance(first := next(iter(kinds)), tuple):
+        raise AdapterFileError(
+            f"{adapter.source}: a compact file holds spectra of one transform and scaling; this has {sorted(map(str, kinds))}.",
+            hint="Other families stay in their PEFT folder.",
+        )
+    transform, norm, alpha = first
+    tensors: dict[str, NDArray[Any]] = {}
+    modules = {}
+    for module, delta in adapter.deltas.items():
+        assert isinstance(delta, SpectralDelta)
+        place = np.uint16 if max(delta.shape) <= 1 << 16 else np.uint32
+        with np.errstate(over="ignore"):
+            values = delta.values.astype(dtype)
+        if not np.isfinite(values).all():
+            raise AdapterFileError(
+                f"{adapter.source}: {module}: values up to {np.abs(delta.values).max():.3g} overflow {dtype}.",
+                hint="Write the file with float32 values.",
+            )
+        tensors[f"spectral.{module}.values"] = values
+        tensors[f"spectral.{module}.rows"] = delta.rows.astype(place)
+        tensors[f"spectral.{module}.cols"] = delta.cols.astype(place)
+        modules[module] = list(delta.shape)
+    for module, head in adapter.replaced.items():
+        for name, tensor in head.tensors.items():
+            tensors[f"replaced.{module}.{name}"] = np.ascontiguousarray(tensor)
+    fields: dict[str, Any] = {
+        "family": adapter.family,
+        "transform": transform,
+        "scaling": SCALINGS[norm],
+        "alpha": alpha,
+        "orientation": "out,in",
+        "modules": modules,
+        "heads": {module: sorted(head.tensors) for module, head in adapter.replaced.items()},
+        "base": adapter.base,
+        "task": adapter.task,
+        "labels": list(adapter.labels),
+        **{k: v for k, v in adapter.settings.items() if k in ("n", "delta_ratio", "seed")},
+    }
+    if adapter.fingerprint is not None:
+        fields["fingerprint"] = {
+            "architecture": adapter.fingerprint.architecture,
+            "sha256": adapter.fingerprint.sha256,
+            "sites": {site: list(s.shape) for site, s in adapter.fingerprint.sites.items()},
+        }
+        for site, s in adapter.fingerprint.sites.items():
+            tensors[f"fingerprint.{site}"] = s.values
+    return tensors, fields
+
+
+def _check_dtypes(where: str, values: NDArray[Any], rows: NDArray[Any], cols: NDArray[Any]) -> None:
+    if values.dtype not in (np.float16, np.float32) or rows.dtype != cols.dtype:
+        raise AdapterFileError(
+            f"{where}: values {values.dtype}, rows {rows.dtype}, cols {cols.dtype}.",
+            hint="Values are float16 or float32, both places uint16 or both uint32.",
+        )
+    if rows.dtype not in (np.uint16, np.uint32):
+        raise AdapterFileError(f"{where}: places are {rows.dtype}.", hint="Places are uint16 or uint32.")
+
+
+def _take(path: Path, file: SafeFile, name: str, left: set[str]) -> NDArray[Any]:
+    if name not in file.tensors:
+        raise AdapterFileError(f"{path}: tensor {name!r} is declared and missing.", hint="The file is forged.")
+    left.discard(name)
+    return file.tensors[name]
+
+
+def _one_of(path: Path, fields: Mapping[str, Any], key: str, allowed: list[str]) -> str:
+    value = fields.get(key)
+    if value not in allowed:
+        raise AdapterFileError(
+            f"{path}: {key} is {value!r}.", hint=f"Installed here: {', '.join(allowed)}. A plugin may be missing."
+        )
+    return str(value)
+
+
+def _object(path: Path, fields: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = fields.get(key)
+    if not isinstance(value, dict):
+        raise AdapterFileError(f"{path}: {key} is {value!r:.80}, not an object.", hint="The file is forged.")
+    return value
+
+
+def _text(path: Path, fields: Mapping[str, Any], key: str) -> str | None:
+    value = fields.get(key)
+    if value is not None and not isinstance(value, str):
+        raise AdapterFileError(f"{path}: {key} is {value!r:.80}, not text.", hint="The file is forged.")
+    return value
+
+
+def _task(path: Path, fields: Mapping[str, Any]) -> str | None:
+    task = _text(path, fields, "task")
+    if task is not None and task not in TASKS:
+        raise AdapterFileError(f"{path}: task is {task!r}.", hint=f"Known: {', '.join(TASKS)}.")
+    return task
+
+
+def _labels(path: Path, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    labels = fields.get("labels", [])
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise AdapterFileError(f"{path}: labels are not a list of text.", hint="The file is forged.")
+    return tuple(labels)
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}.", hint="Check the folder and its space.") from error
+
+
+assert set(NORMS) == set(SCALINGS)

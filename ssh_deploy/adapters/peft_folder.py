@@ -1,0 +1,198 @@
+"""PEFT folders (`adapter_config.json` + `adapter_model.safetensors`): opened, bounded, and written.
+
+What is common to all PEFT methods is here; what a method's tensors mean is its family's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite
+from ssh_deploy.adapters.safefile import open_safefile
+from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.replaced import ReplacedModule
+from ssh_deploy.errors import AdapterFileError, OutputError, RegistryError
+from ssh_deploy.registry import families, get_family
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm", "FEATURE_EXTRACTION": "feature-extraction"}
+
+
+def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
+    """Read a PEFT folder through the family its ``peft_type`` names.
+
+    Args:
+        folder: holds the two files.
+        shapes: of the base's weights by module path, for folders whose config has no ``module_shapes``.
+
+    Raises:
+        AdapterFileError: a file is missing or breaks the format.
+        RegistryError: no installed family reads this ``peft_type``.
+    """
+    config_path, weights_path = folder / CONFIG, folder / WEIGHTS
+    if not weights_path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise AdapterFileError(
+            f"{folder}: no {WEIGHTS}{' but an adapter_model.bin, which is a pickle' if pickled else ''}.",
+            hint="Save it with safe_serialization=True; pickles are never read." if pickled else "Is this the folder?",
+        )
+    try:
+        raw = config_path.read_bytes()
+        config = json.loads(raw)
+    except OSError as error:
+        raise AdapterFileError(f"{config_path}: cannot be read: {error.strerror}.", hint="Is this the folder?") from error
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{config_path}: not JSON ({error}).", hint="Save the adapter again.") from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise AdapterFileError(f"{config_path}: names no peft_type.", hint="Save the adapter again with PEFT.")
+    file = open_safefile(weights_path)
+    digest = hashlib.sha256(raw)
+    digest.update(weights_path.read_bytes())
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
+    family = _family(config["peft_type"])
+    adapter: Adapter = family.read(AdapterFiles(folder, config, tensors, digest.hexdigest(), shapes))
+    return adapter
+
+
+def _family(peft_type: str) -> Any:
+    wanted = peft_type.lower().replace("_", "-")
+    if wanted not in families():
+        raise RegistryError(
+            f"No installed family reads PEFT type {peft_type}.",
+            hint=f"Installed: {', '.join(sorted(families()))}. More come as plugins (`pip install ssh-deploy-…`).",
+        )
+    return get_family(wanted)
+
+
+def adapter_of(
+    files: AdapterFiles,
+    family: str,
+    deltas: Mapping[str, Delta],
+    rest: Mapping[str, NDArray[Any]],
+    settings: Mapping[str, Any],
+) -> Adapter:
+    """The adapter of a PEFT folder: what its family understood, and ``rest`` as modules trained whole.
+
+    Raises:
+        AdapterFileError: no delta, or tensors that are neither.
+    """
+    if not deltas:
+        raise AdapterFileError(
+            f"{files.folder}: no tensor of a {files.config['peft_type']} adapter in it; there is {sorted(rest)[:3]}.",
+            hint="Its config and its weights do not belong together.",
+        )
+    saved = files.config.get("modules_to_save") or []
+    heads: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, tensor in rest.items():
+        module, _, part = name.rpartition(".")
+        if not module or not any(module == s or module.endswith(f".{s}") or f".{s}." in f".{module}." for s in saved):
+            raise AdapterFileError(
+                f"{files.folder}: tensor {name!r} belongs to no adapted module and to none of modules_to_save {saved}.",
+                hint="A tensor that nobody reads would be dropped in silence; save the adapter again.",
+            )
+        check_finite(f"{files.folder}: {name}", tensor)
+        heads.setdefault(module, {})[part] = tensor
+    labels = files.config.get("labels") or ()
+    return Adapter(
+        family=family,
+        deltas=deltas,
+        replaced={module: ReplacedModule(tensors) for module, tensors in heads.items()},
+        digest=files.digest,
+        source=files.folder,
+        base=files.config.get("base_model_name_or_path"),
+        fingerprint=None,
+        task=_TASKS.get(str(files.config.get("task_type"))),
+        labels=tuple(map(str, labels)),
+        settings=settings,
+    )
+
+
+def module_shape(files: AdapterFiles, module: str) -> tuple[int, ...]:
+    """Declared or known (out, in) of ``module``'s weight.
+
+    Raises:
+        AdapterFileError: neither the config nor the caller knows it.
+    """
+    declared = (files.config.get("module_shapes") or {}).get(module)
+    known = files.shapes.get(module) if files.shapes is not None else None
+    if declared is not None and known is not None and tuple(declared) != tuple(known):
+        raise AdapterFileError(
+            f"{files.folder}: {module} was trained on a weight of {list(declared)}, the base has {list(known)}.",
+            hint="This adapter belongs to another base.",
+        )
+    shape = known if known is not None else declared
+    if shape is None:
+        raise AdapterFileError(
+            f"{files.folder}: the shape of {module} is neither in {CONFIG} (module_shapes) nor known from a base.",
+            hint="Give the base (--base BASE).",
+        )
+    return tuple(shape)
+
+
+def number(files: AdapterFiles, key: str) -> float:
+    """A finite number of the config.
+
+    Raises:
+        AdapterFileError: missing or no such number.
+    """
+    value = files.config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise AdapterFileError(f"{files.folder}/{CONFIG}: {key} is {value!r}, not a finite number.", hint="Save it again.")
+    return float(value)
+
+
+def write_folder(adapter: Adapter, folder: Path) -> None:
+    """Write ``adapter`` as the folder `PeftModel.from_pretrained` reads, all or nothing.
+
+    Raises:
+        OutputError: exists already or cannot be written.
+    """
+    if folder.exists():
+        raise OutputError(f"{folder} exists already.", hint="Choose another name or remove it first.")
+    family = get_family(adapter.family)
+    tensors: dict[str, NDArray[Any]] = {}
+    for module, delta in adapter.deltas.items():
+        tensors |= {f"{_PREFIX}{name}": t for name, t in family.tensors(module, delta).items()}
+    for module, head in adapter.replaced.items():
+        tensors |= {f"{_PREFIX}{module}.{name}": np.ascontiguousarray(t) for name, t in head.tensors.items()}
+    task = {v: k for k, v in _TASKS.items()}.get(adapter.task or "")
+    config = {
+        "peft_type": family.peft_type,
+        "task_type": task,
+        "base_model_name_or_path": adapter.base,
+        "inference_mode": True,
+        "target_modules": sorted(adapter.deltas),
+        "modules_to_save": sorted(adapter.replaced) or None,
+        "module_shapes": {module: list(delta.shape) for module, delta in adapter.deltas.items()},
+        "labels": list(adapter.labels) or None,
+        **family.config(adapter),
+    }
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+            (partial / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+            for file in partial.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+            partial.chmod(0o755)
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror}.", hint="Check the folder and its space.") from error

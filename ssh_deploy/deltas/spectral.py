@@ -1,0 +1,101 @@
+"""A delta given by a few coefficients of its 2-D spectrum: SSH, sDCTFT and what expands into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssh_deploy.transforms import get_transform
+from ssh_deploy.transforms.base import Axis, Separable
+from ssh_deploy.transforms.cpu import add_synthesis
+
+if TYPE_CHECKING:
+    import torch
+
+NORMS = ("backward", "ortho")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpectralDelta:
+    """``ΔW = α · T⁻¹(S)``, S sparse [out, in] with n entries.
+
+    Attributes:
+        shape: (out, in).
+        transform: name of the 2-D transform.
+        rows, cols: unsigned or signed integers [n], places in S: row (out) and column (in); distinct.
+        values: float16 or float32 [n], as in the file.
+        alpha: the adapter's scaling α.
+        norm: ``backward``: the bare basis times ``1/(MN)`` (SSH); ``ortho``: the orthonormal basis (sDCTFT).
+    """
+
+    shape: tuple[int, int]
+    transform: str
+    rows: NDArray[Any]
+    cols: NDArray[Any]
+    values: NDArray[Any]
+    alpha: float
+    norm: str
+
+    kind: ClassVar[str] = "spectral"
+
+    @property
+    def parameters(self) -> int:
+        """n, the number of coefficients."""
+        return int(self.values.size)
+
+    @property
+    def gain(self) -> float:
+        """Factor on the orthonormal synthesis: ``α/√(MN)`` for ``backward``, ``α`` for ``ortho``."""
+        return self.alpha / float(np.sqrt(self.shape[0] * self.shape[1])) if self.norm == "backward" else self.alpha
+
+    @property
+    def axis(self) -> Axis:
+        """The 1-D kernel that synthesises it."""
+        return get_transform(self.transform).axis
+
+    def separable(self) -> Separable:
+        """Its coefficients in the separable basis of `axis`: ``ΔW = gain·factor · F_Mᵀ S F_N``."""
+        return get_transform(self.transform).separable(self.rows, self.cols, self.values, self.shape)
+
+    def dense(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
+        """ΔW [out, in] on ``device``."""
+        import torch
+
+        if torch.device(device).type == "cpu":
+            work = torch.float64 if dtype == torch.float64 else torch.float32
+            return self.add_to(torch.zeros(self.shape, dtype=work)).to(dtype or work)
+        from ssh_deploy.transforms.device import synthesis_torch
+
+        return synthesis_torch(
+            self.shape, self.axis, self.separable(), gain=self.gain, device=device, dtype=dtype or torch.float32
+        )
+
+    def add_to(self, weight: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        """``weight + scale·ΔW``: in place for float32 and float64, else a new tensor rounded once from float32."""
+        import torch
+
+        gain = self.gain * scale
+        if weight.device.type == "cpu":
+            full = weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
+            add_synthesis(full.detach().numpy(), self.axis, self.separable(), gain=gain)
+            return full if full is weight else full.to(weight.dtype)
+        from ssh_deploy.transforms.device import synthesis_torch
+
+        work = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        delta = synthesis_torch(self.shape, self.axis, self.separable(), gain=gain, device=weight.device, dtype=work)
+        return weight.add_(delta) if weight.dtype == work else (weight.to(work) + delta).to(weight.dtype)
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """``x ΔWᵀ = gain · F_Mᵀ (S (F_N x))`` for x [..., in]; float64 stays, all else float32."""
+        import torch
+
+        spectrum = self.separable()
+        z = self.axis.forward(x, -1)
+        rows = torch.from_numpy(spectrum.rows).to(x.device)
+        cols = torch.from_numpy(spectrum.cols).to(x.device)
+        values = torch.from_numpy(spectrum.values.astype(np.float64) * (self.gain * spectrum.factor)).to(z)
+        y = z.new_zeros((*z.shape[:-1], self.shape[0])).index_add_(-1, rows, z[..., cols] * values)
+        return self.axis.inverse(y, -1)

@@ -1,0 +1,1 @@
+"""One whole job per CLI command, callable from Python."""

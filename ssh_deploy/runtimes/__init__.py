@@ -1,0 +1,1 @@
+"""Run an exported model; own the adapters that are lent to onnxruntime."""

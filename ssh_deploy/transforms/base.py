@@ -1,0 +1,184 @@
+"""What a transform is: one orthonormal 1-D kernel per axis, and how its 2-D spectra expand into separable ones.
+
+Every spectrum this package reads is, or expands exactly into, a short sum of *separable* coefficients
+``F_M[u, :]ᵀ F_N[v, :]`` of one orthonormal 1-D transform ``F`` (math.md, identities; checked to 1e-14). So one
+kernel per axis serves them all::
+
+    ΔW = gain · F_Mᵀ S F_N            S sparse, [M, N], entries (u, v, s)
+
+Both 1-D transforms here are a phase-weighted discrete Fourier transform of a permuted input,
+
+    y[k] = Re( w[k] · Σ_j x[perm[j]] · exp(−2πi·jk/N) )
+
+with ``w = (1+i)/√N`` for Hartley (Re((1+i)e^{−iθ}) = cos θ + sin θ) and, after Makhoul's permutation, ``w[k] =
+c_k·exp(−iπk/2N)`` for the DCT-II (Makhoul 1980, eq. 11). From that single line follow the torch path, and the
+two-stage factorisation that the ONNX graph uses. ``F`` is orthonormal, so the way back is its transpose.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Float = NDArray[np.float64]
+Index = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Separable:
+    """A spectrum as separable coefficients of one axis kernel.
+
+    ``rows``, ``cols`` int64 [k], ``values`` [k] in the dtype they were given in (signs only are changed, so f16
+    values stay exact), ``factor``: what every value is still to be multiplied with. Duplicate places add.
+    """
+
+    rows: Index
+    cols: Index
+    values: NDArray[Any]
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class TwoStage:
+    """The 1-D transform of length ``n = p·q`` as two (batched) matrix products; ``p = 1`` means one dense product.
+
+    Forward, ``x`` of shape [n, tokens] (rows first permuted by ``permutation`` where it is not None):
+
+        Y = first @ x.reshape(p, q·tokens)                    first  [2p, p], rows (k1, re), (k1, im)
+        z[k1] = second[k1] @ Y[k1].reshape(2q, tokens)        second [p, q, 2q]
+
+    and ``z.reshape(n, tokens)[order[k]]`` is frequency ``k``. Backward is the transposes in reverse order. With
+    ``p = 1`` there is only ``second`` of shape [1, n, n] and ``order`` is the identity. float64.
+    """
+
+    n: int
+    p: int
+    q: int
+    first: Float
+    second: Float
+    order: Index
+    permutation: Index | None
+
+
+class Axis(ABC):
+    """An orthonormal 1-D transform ``F`` of any length."""
+
+    name: str
+
+    @abstractmethod
+    def weights(self, n: int) -> NDArray[np.complex128]:
+        """Phase weights ``w`` of the module's formula, complex128 [n], orthonormal scaling included."""
+
+    def permutation(self, n: int) -> Index | None:
+        """Input permutation of the module's formula, int64 [n], or None for the identity."""
+        return None
+
+    @abstractmethod
+    def forward_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
+        """``F`` along ``dim`` of a real array (f32 or f64); may overwrite ``a``."""
+
+    @abstractmethod
+    def inverse_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
+        """``Fᵀ`` along ``dim`` of a real array (f32 or f64); may overwrite ``a``."""
+
+    def matrix(self, n: int) -> Float:
+        """``F`` itself, float64 [n, n]: ``y = F x``."""
+        j = np.arange(n)
+        angle = (2 * np.pi / n) * (np.outer(j, j) % n)  # the product reduced first: angles stay below 2π
+        w = self.weights(n)[:, None]
+        matrix = (w * np.exp(-1j * angle)).real
+        perm = self.permutation(n)
+        if perm is None:
+            return np.ascontiguousarray(matrix)
+        out = np.empty_like(matrix)
+        out[:, perm] = matrix
+        return out
+
+    def forward(self, x: Tensor, dim: int = -1) -> Tensor:
+        """``F x`` along ``dim``; any torch device, differentiable, computed and returned in f32 or f64."""
+        import torch
+
+        n = x.shape[dim]
+        x = _real(x)
+        perm = self.permutation(n)
+        if perm is not None:
+            x = x.index_select(dim, torch.from_numpy(perm).to(x.device))
+        spectrum = torch.fft.fft(x, dim=dim) * self._phases(x, dim)
+        return spectrum.real
+
+    def inverse(self, y: Tensor, dim: int = -1) -> Tensor:
+        """``Fᵀ y`` along ``dim``; any torch device, differentiable, computed and returned in f32 or f64."""
+        import torch
+
+        n = y.shape[dim]
+        y = _real(y)
+        x = torch.fft.ifft(y * self._phases(y, dim).conj(), dim=dim, norm="forward").real
+        perm = self.permutation(n)
+        if perm is None:
+            return x
+        return x.index_select(dim, torch.from_numpy(np.argsort(perm)).to(y.device))
+
+    def _phases(self, x: Tensor, dim: int) -> Tensor:
+        import torch
+
+        shape = [1] * x.ndim
+        shape[dim] = x.shape[dim]
+        w = torch.from_numpy(self.weights(x.shape[dim])).to(x.device)
+        return w.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64).reshape(shape)
+
+    def two_stage(self, n: int) -> TwoStage:
+        """Factors of the length-``n`` transform for the graph; dense where no factorisation is cheaper.
+
+        Multiply-adds per token: ``2n(p + q)`` against ``n²`` (math.md, the two-stage factorisation).
+        """
+        p, q = _factor(n)
+        if p == 1:
+            return TwoStage(n, 1, n, np.ones((1, 1)), self.matrix(n)[None], np.arange(n), None)
+        j1, k1 = np.arange(p), np.arange(p)
+        angle = (2 * np.pi / p) * (np.outer(k1, j1) % p)
+        first = np.stack([np.cos(angle), np.sin(angle)], axis=1).reshape(2 * p, p)
+        j2, k2 = np.arange(q), np.arange(q)
+        k = k1[:, None] + p * k2[None, :]  # [p, q]
+        theta = (2 * np.pi / n) * (k[:, :, None] * j2 % n)  # [p, q, q]
+        turned = self.weights(n)[k][:, :, None] * np.exp(-1j * theta)
+        second = np.concatenate([turned.real, turned.imag], axis=2)  # Re(w e^{-i(a+θ)}) = cos a·Re + sin a·Im
+        order = np.empty(n, dtype=np.int64)
+        order[k.reshape(-1)] = np.arange(n)
+        return TwoStage(n, p, q, first, second, order, self.permutation(n))
+
+
+class Transform(Protocol):
+    """A 2-D transform by name: its axis kernel, its scaling and its expansion into separable coefficients."""
+
+    name: str
+    axis: Axis
+
+    def separable(self, rows: NDArray[Any], cols: NDArray[Any], values: NDArray[Any], shape: tuple[int, int]) -> Separable:
+        """Separable coefficients of the spectrum; see `Separable`."""
+
+    def analyze(self, weight: NDArray[Any]) -> Float:
+        """Orthonormal 2-D forward transform of ``weight`` [M, N], float64 [M, N]."""
+
+
+def _real(x: Tensor) -> Tensor:
+    import torch
+
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+
+
+@lru_cache(maxsize=256)
+def _factor(n: int) -> tuple[int, int]:
+    """``(p, q)`` with ``p·q = n`` and the fewest multiply-adds ``2n(p+q)``, or ``(1, n)`` where ``n²`` is fewer."""
+    pairs = [(p, n // p) for p in range(2, int(n**0.5) + 1) if n % p == 0]
+    if not pairs:
+        return 1, n
+    p, q = min(pairs, key=sum)
+    return (p, q) if 2 * (p + q) < n else (1, n)
