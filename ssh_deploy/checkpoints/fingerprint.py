@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SAMPLES = 256
-_ROUNDING = 2.0**-8  # bf16 has 8 significant bits: rounding to nearest moves a value by at most 2⁻⁹ of its binade's top
+_ROUNDING = 2.0**-8  # bf16 keeps 8 significant bits: rounding to nearest moves a value by at most 2⁻⁸ of itself
 
 
 def sample_positions(size: int) -> NDArray[np.int64]:
