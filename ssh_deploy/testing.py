@@ -12,7 +12,7 @@ Importing this module needs pytest, torch and transformers; nothing in the packa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,9 @@ class DeltaContract:
         assert delta.add_to(weight) is weight
         for dtype in (torch.bfloat16, torch.float16):
             half = before.to(dtype)
-            torch.testing.assert_close(delta.add_to(half), (half.float() + delta.dense()).to(dtype), rtol=1e-2, atol=1e-6)
+            torch.testing.assert_close(
+                delta.add_to(half), (half.float() + delta.dense()).to(dtype), rtol=1e-2, atol=1e-6
+            )
             assert torch.equal(half, before.to(dtype))
 
 
@@ -207,7 +209,9 @@ class FamilyContract:
     def test_a_stray_tensor_is_refused(self, folder: Path, tmp_path: Path) -> None:
         """A tensor that nobody reads would be dropped in silence."""
         config, tensors, shapes, _ = self.example(np.random.default_rng(7))
-        stray = write_peft_example(tmp_path / "stray", config, {**tensors, "base_model.model.x.y": np.ones(3, np.float32)})
+        stray = write_peft_example(
+            tmp_path / "stray", config, {**tensors, "base_model.model.x.y": np.ones(3, np.float32)}
+        )
         with pytest.raises(AdapterFileError, match=r"x\.y"):
             read_folder(stray, shapes=shapes)
 
@@ -222,7 +226,8 @@ def write_peft_example(folder: Path, config: Mapping[str, Any], tensors: Mapping
     return folder
 
 
-_WORDS = "what who where when why how is the a of free now win prize call good bad great film movie question".split()
+_WORDS = ["what", "who", "where", "when", "why", "how", "is", "the", "a", "of", "free", "now", "win", "prize", "call"]
+_WORDS += ["good", "bad", "great", "film", "movie", "question"]
 
 
 def pico_model(architecture: str, folder: Path, *, task: str = "base", labels: int = 3, seed: int = 0) -> Path:
@@ -238,10 +243,12 @@ def pico_model(architecture: str, folder: Path, *, task: str = "base", labels: i
     Text models get a word-level tokenizer.json over a few words.
     """
     import torch
+    import transformers
 
     torch.manual_seed(seed)
-    config = _PICO[architecture](labels)
-    model = _model_class(architecture, task)(config).eval()
+    stem, fields = _PICO[architecture]
+    config = getattr(transformers, f"{stem}Config")(**fields, num_labels=labels)
+    model = getattr(transformers, stem + _HEADS[task])(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # default initialisation is so small that adapters hide in rounding
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -251,58 +258,25 @@ def pico_model(architecture: str, folder: Path, *, task: str = "base", labels: i
     return folder
 
 
-def _sizes() -> dict[str, int]:
-    return {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
-
-
-def _bert(labels: int) -> Any:
-    from transformers import BertConfig
-
-    return BertConfig(**_sizes(), vocab_size=64, max_position_embeddings=64, num_labels=labels)
-
-
-def _roberta(labels: int) -> Any:
-    from transformers import RobertaConfig
-
-    return RobertaConfig(**_sizes(), vocab_size=64, max_position_embeddings=66, num_labels=labels, type_vocab_size=1)
-
-
-def _distilbert(labels: int) -> Any:
-    from transformers import DistilBertConfig
-
-    sizes = {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80}
-    return DistilBertConfig(**sizes, vocab_size=64, max_position_embeddings=64, num_labels=labels)
-
-
-def _vit(labels: int) -> Any:
-    from transformers import ViTConfig
-
-    return ViTConfig(**_sizes(), image_size=32, patch_size=8, num_labels=labels)
-
-
-def _gpt2(labels: int) -> Any:
-    from transformers import GPT2Config
-
-    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return GPT2Config(**sizes, vocab_size=64, num_labels=labels, bos_token_id=2, eos_token_id=3, pad_token_id=1)
-
-
-_PICO: dict[str, Callable[[int], Any]] = {
-    "bert": _bert,
-    "roberta": _roberta,
-    "distilbert": _distilbert,
-    "vit": _vit,
-    "gpt2": _gpt2,
+_SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+_GPT2_SIZES = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+#: architecture: (stem of its classes in transformers, fields of its config)
+_PICO: dict[str, tuple[str, dict[str, int]]] = {
+    "bert": ("Bert", {**_SIZES, "vocab_size": 64, "max_position_embeddings": 64}),
+    "roberta": ("Roberta", {**_SIZES, "vocab_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1}),
+    "distilbert": (
+        "DistilBert",
+        {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80, "vocab_size": 64, "max_position_embeddings": 64},
+    ),
+    "vit": ("ViT", {**_SIZES, "image_size": 32, "patch_size": 8}),
+    "gpt2": ("GPT2", {**_GPT2_SIZES, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1}),
 }
-
-
-def _model_class(architecture: str, task: str) -> Any:
-    import transformers
-
-    stem = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "vit": "ViT", "gpt2": "GPT2"}[architecture]
-    suffix = {"base": "Model", "text-classification": "ForSequenceClassification", "image": "ForImageClassification"}
-    name = "GPT2LMHeadModel" if task == "causal-lm" else stem + suffix[task]
-    return getattr(transformers, name)
+_HEADS = {
+    "base": "Model",
+    "text-classification": "ForSequenceClassification",
+    "image": "ForImageClassification",
+    "causal-lm": "LMHeadModel",
+}
 
 
 def _save_tokenizer(folder: Path, *, roberta: bool) -> None:

@@ -137,7 +137,9 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
         replaced[module] = ReplacedModule(tensors)
     fingerprint = _fingerprint(file, fields, left)
     if left:
-        raise AdapterFileError(f"{path}: tensors that nothing declares: {sorted(left)[:5]}.", hint="The file is forged.")
+        raise AdapterFileError(
+            f"{path}: tensors that nothing declares: {sorted(left)[:5]}.", hint="The file is forged."
+        )
     return Adapter(
         family=family,
         deltas=deltas,
@@ -177,10 +179,13 @@ def _fingerprint(file: SafeFile, fields: dict[str, Any], left: set[str]) -> Fing
 def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     if dtype not in (np.float16, np.float32):
         raise AdapterFileError(f"Values cannot be stored as {dtype}.", hint="Use float16 or float32.")
-    kinds = {(d.transform, d.norm, d.alpha) if isinstance(d, SpectralDelta) else d.kind for d in adapter.deltas.values()}
+    kinds = {
+        (d.transform, d.norm, d.alpha) if isinstance(d, SpectralDelta) else d.kind for d in adapter.deltas.values()
+    }
     if len(kinds) != 1 or not isinstance(first := next(iter(kinds)), tuple):
         raise AdapterFileError(
-            f"{adapter.source}: a compact file holds spectra of one transform and scaling; this has {sorted(map(str, kinds))}.",
+            f"{adapter.source}: a compact file holds spectra of one transform and scaling; "
+            f"this has {sorted(map(str, kinds))}.",
             hint="Other families stay in their PEFT folder.",
         )
     transform, norm, alpha = first
@@ -295,7 +300,9 @@ def _write_whole(path: Path, data: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.", hint="Check the folder and its space.") from error
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror}.", hint="Check the folder and its space."
+        ) from error
 
 
 assert set(NORMS) == set(SCALINGS)

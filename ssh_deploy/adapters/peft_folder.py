@@ -53,7 +53,9 @@ def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
         raw = config_path.read_bytes()
         config = json.loads(raw)
     except OSError as error:
-        raise AdapterFileError(f"{config_path}: cannot be read: {error.strerror}.", hint="Is this the folder?") from error
+        raise AdapterFileError(
+            f"{config_path}: cannot be read: {error.strerror}.", hint="Is this the folder?"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{config_path}: not JSON ({error}).", hint="Save the adapter again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
@@ -150,7 +152,9 @@ def number(files: AdapterFiles, key: str) -> float:
     """
     value = files.config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise AdapterFileError(f"{files.folder}/{CONFIG}: {key} is {value!r}, not a finite number.", hint="Save it again.")
+        raise AdapterFileError(
+            f"{files.folder}/{CONFIG}: {key} is {value!r}, not a finite number.", hint="Save it again."
+        )
     return float(value)
 
 
@@ -195,4 +199,6 @@ def write_folder(adapter: Adapter, folder: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {error.strerror}.", hint="Check the folder and its space.") from error
+        raise OutputError(
+            f"{folder}: cannot be written: {error.strerror}.", hint="Check the folder and its space."
+        ) from error

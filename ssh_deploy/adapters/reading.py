@@ -25,7 +25,9 @@ def read_adapter(path: str | Path, *, shapes: Shapes | None = None) -> Adapter:
     if path.is_dir():
         return read_folder(path, shapes=shapes)
     if not path.exists():
-        raise AdapterFileError(f"{path}: no such file or folder.", hint="Give a compact .safetensors file or a PEFT folder.")
+        raise AdapterFileError(
+            f"{path}: no such file or folder.", hint="Give a compact .safetensors file or a PEFT folder."
+        )
     if path.name in (CONFIG, "adapter_model.safetensors"):
         return read_folder(path.parent, shapes=shapes)
     return read_file(path)

@@ -66,7 +66,9 @@ def open_safefile(path: Path) -> SafeFile:
         raise AdapterFileError(f"{path}: cannot be read: {error.strerror}.", hint="Check the path.") from error
     length = int.from_bytes(view[:8], "little")
     if length > min(MAX_HEADER, size - 8):
-        raise AdapterFileError(f"{path}: header of {length} bytes in a file of {size}: truncated or damaged.", hint=hint)
+        raise AdapterFileError(
+            f"{path}: header of {length} bytes in a file of {size}: truncated or damaged.", hint=hint
+        )
     header = _header(path, bytes(view[8 : 8 + length]))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

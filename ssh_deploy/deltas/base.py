@@ -25,9 +25,7 @@ class Delta(Protocol):
     def parameters(self) -> int:
         """How many trained numbers it holds."""
 
-    def dense(
-        self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def dense(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """ΔW [out, in]; float32 unless ``dtype`` says otherwise."""
 
     def add_to(self, weight: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:

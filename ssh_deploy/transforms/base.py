@@ -161,7 +161,9 @@ class Transform(Protocol):
     name: str
     axis: Axis
 
-    def separable(self, rows: NDArray[Any], cols: NDArray[Any], values: NDArray[Any], shape: tuple[int, int]) -> Separable:
+    def separable(
+        self, rows: NDArray[Any], cols: NDArray[Any], values: NDArray[Any], shape: tuple[int, int]
+    ) -> Separable:
         """Separable coefficients of the spectrum; see `Separable`."""
 
     def analyze(self, weight: NDArray[Any]) -> Float:

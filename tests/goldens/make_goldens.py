@@ -19,7 +19,10 @@ HERE = Path(__file__).parent
 
 def main():
     rng = np.random.default_rng(20261121)
-    modules = {"bert.encoder.layer.0.attention.self.query": (6, 10), "bert.encoder.layer.0.attention.self.value": (7, 10)}
+    modules = {
+        "bert.encoder.layer.0.attention.self.query": (6, 10),
+        "bert.encoder.layer.0.attention.self.value": (7, 10),
+    }
     head = {"classifier": {"weight": rng.normal(size=(3, 10)).astype("f4"), "bias": rng.normal(size=3).astype("f4")}}
     sites = {"encoder.layer.0.attention.self.query": sample(rng.normal(size=(6, 10)).astype("f4"))}
     expected = {}

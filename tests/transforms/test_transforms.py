@@ -26,7 +26,8 @@ class TestCosine(TransformContract):
 def test_joint_and_separable_are_different_transforms():
     weight = np.random.default_rng(0).normal(size=(64, 64))
     strongest = [
-        {*np.argsort(-np.abs(get_transform(name).analyze(weight)).ravel())[:200]} for name in ("hartley", "hartley-joint")
+        {*np.argsort(-np.abs(get_transform(name).analyze(weight)).ravel())[:200]}
+        for name in ("hartley", "hartley-joint")
     ]
     assert len(strongest[0] & strongest[1]) < 100
 
@@ -49,7 +50,13 @@ sides = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 13, 31, 97, 64]))
 
 
 @settings(max_examples=60, deadline=None)
-@given(m=sides, n=sides, count=st.integers(0, 60), name=st.sampled_from(["hartley", "hartley-joint", "cosine"]), seed=st.integers(0, 9))
+@given(
+    m=sides,
+    n=sides,
+    count=st.integers(0, 60),
+    name=st.sampled_from(["hartley", "hartley-joint", "cosine"]),
+    seed=st.integers(0, 9),
+)
 def test_fast_path_is_the_definition_for_any_shape(m, n, count, name, seed):
     rows, cols, values = sparse_spectrum(np.random.default_rng(seed), (m, n), count)
     transform = get_transform(name)

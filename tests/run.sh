@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Every check and every test: set-up, style, types, floors, README, then pytest. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source examples/setup.sh
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+bin=.venv/bin
+"$bin/ruff" check .
+"$bin/ruff" format --check .
+"$bin/mypy"
+"$bin/lint-imports"
+"$bin/cog" --check -r README.md
+exec "$bin/python" -m pytest "$@"
