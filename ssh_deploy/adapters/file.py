@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectrum
-from ssh_deploy.adapters.safefile import SafeFile, open_safefile
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
+from ssh_deploy.checkpoints.safefile import SafeFile, open_safefile
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.deltas.spectral import NORMS, SpectralDelta
 from ssh_deploy.errors import AdapterFileError, OutputError
@@ -35,7 +35,7 @@ def read_file(path: Path) -> Adapter:
     Raises:
         AdapterFileError: anything the format does not allow, with the tensor or field.
     """
-    file = open_safefile(path)
+    file = open_safefile(path, error=AdapterFileError)
     if file.metadata.get("format") != FORMAT:
         raise AdapterFileError(
             f"{path}: not a compact adapter file (its metadata has no format={FORMAT!r}).",

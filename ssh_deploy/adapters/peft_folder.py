@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite
-from ssh_deploy.adapters.safefile import open_safefile
+from ssh_deploy.checkpoints.safefile import open_safefile
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.errors import AdapterFileError, OutputError, RegistryError
@@ -60,7 +60,7 @@ def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
         raise AdapterFileError(f"{config_path}: not JSON ({error}).", hint="Save the adapter again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterFileError(f"{config_path}: names no peft_type.", hint="Save the adapter again with PEFT.")
-    file = open_safefile(weights_path)
+    file = open_safefile(weights_path, error=AdapterFileError)
     digest = hashlib.sha256(raw)
     digest.update(weights_path.read_bytes())
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}

@@ -2,7 +2,8 @@
 
 The safetensors library reads well-formed files well; what it does not do is let a caller see the declared shapes
 before mapping, report which tensor is out of bounds, or hand out zero-copy numpy views. Its own parser still
-writes every file here (`safetensors.numpy`).
+writes every file here (`safetensors.numpy`). Adapters and checkpoints both are read through it; each says which
+error it raises.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.errors import AdapterFileError
+from ssh_deploy.errors import DeployError
 
 MAX_HEADER = 16 << 20
 _DTYPES: dict[str, Any] = {
@@ -26,6 +27,8 @@ _DTYPES: dict[str, Any] = {
     "F32": np.float32,
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -40,76 +43,87 @@ _DTYPES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SafeFile:
-    """A mapped safetensors file: ``metadata`` str→str, ``tensors`` zero-copy read-only views, ``payload`` bytes."""
+    """A mapped safetensors file.
+
+    ``metadata`` str→str; ``table`` the header; ``tensors`` zero-copy read-only views; ``payload`` the bytes behind
+    the header, which begin at ``start`` of the file.
+    """
 
     path: Path
     metadata: Mapping[str, str]
     table: Mapping[str, Mapping[str, Any]]
     tensors: Mapping[str, NDArray[Any]]
     payload: memoryview
+    start: int
 
 
-def open_safefile(path: Path) -> SafeFile:
+def open_safefile(path: Path, *, error: type[DeployError]) -> SafeFile:
     """Map ``path`` and check its header.
 
-    Raises:
-        AdapterFileError: missing, truncated, a header that is not JSON, or tensors outside the payload.
+    Args:
+        path: the file.
+        error: what to raise when it is missing, truncated, has a header that is not JSON, or tensors that are not
+            the payload's bytes from end to end.
     """
     hint = "Fetch or make the file again."
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
             if size < 8:
-                raise AdapterFileError(f"{path}: {size} bytes are no safetensors file.", hint=hint)
+                raise error(f"{path}: {size} bytes are no safetensors file.", hint=hint)
             view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except OSError as error:
-        raise AdapterFileError(f"{path}: cannot be read: {error.strerror}.", hint="Check the path.") from error
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror}.", hint="Check the path.") from cause
     length = int.from_bytes(view[:8], "little")
     if length > min(MAX_HEADER, size - 8):
-        raise AdapterFileError(
-            f"{path}: header of {length} bytes in a file of {size}: truncated or damaged.", hint=hint
-        )
-    header = _header(path, bytes(view[8 : 8 + length]))
+        raise error(f"{path}: header of {length} bytes in a file of {size}: truncated or damaged.", hint=hint)
+    header = _header(path, bytes(view[8 : 8 + length]), error)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise AdapterFileError(f"{path}: metadata is not text by name.", hint=hint)
+        raise error(f"{path}: metadata is not text by name.", hint=hint)
     payload = view[8 + length :]
-    tensors = {name: _tensor(path, name, entry, payload) for name, entry in header.items()}
+    tensors = {name: _tensor(path, name, entry, payload, error) for name, entry in header.items()}
     spans = sorted((entry["data_offsets"][0], entry["data_offsets"][1]) for entry in header.values())
     end = 0
     for start, stop in spans:
         if start != end:
-            raise AdapterFileError(f"{path}: tensors overlap or leave a gap at byte {end}.", hint=hint)
+            raise error(f"{path}: tensors overlap or leave a gap at byte {end}.", hint=hint)
         end = stop
     if end != len(payload):
-        raise AdapterFileError(f"{path}: {len(payload)} bytes of payload, {end} declared: truncated.", hint=hint)
-    return SafeFile(path, metadata, header, tensors, payload)
+        raise error(f"{path}: {len(payload)} bytes of payload, {end} declared: truncated.", hint=hint)
+    return SafeFile(path, metadata, header, tensors, payload, 8 + length)
 
 
-def _header(path: Path, raw: bytes) -> dict[str, Any]:
+def _header(path: Path, raw: bytes, error: type[DeployError]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):  # json would keep the last in silence, other readers the first
+            raise error(f"{path}: header names {max(names, key=names.count)!r} twice.", hint="The file is forged.")
+        return dict(pairs)
+
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path}: header is not JSON ({error}).", hint="Not a safetensors file.") from error
+        header = json.loads(raw, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path}: header is not JSON ({cause}).", hint="Not a safetensors file, or damaged.") from cause
     if not isinstance(header, dict):
-        raise AdapterFileError(f"{path}: header is not a JSON object.", hint="Not a safetensors file.")
+        raise error(f"{path}: header is not a JSON object.", hint="Not a safetensors file, or damaged.")
     return header
 
 
-def _tensor(path: Path, name: str, entry: Any, payload: memoryview) -> NDArray[Any]:
+def _tensor(path: Path, name: str, entry: Any, payload: memoryview, error: type[DeployError]) -> NDArray[Any]:
     hint = "The file is damaged or forged."
     try:
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         shape = entry["shape"]
         start, stop = entry["data_offsets"]
         whole = all(type(x) is int and 0 <= x < 1 << 48 for x in (*shape, start, stop))
-    except (KeyError, TypeError, ValueError) as error:
-        raise AdapterFileError(f"{path}: entry of {name!r} is not a tensor: {entry!r:.200}.", hint=hint) from error
+    except (KeyError, TypeError, ValueError) as cause:
+        raise error(f"{path}: entry of {name!r} is not a tensor: {entry!r:.200}.", hint=hint) from cause
     count = 1
-    for side in shape:
+    for side in shape if whole else ():
         count *= side  # Python integers: no overflow for a forged shape
     if not whole or len(shape) > 8 or not start <= stop <= len(payload) or stop - start != count * dtype.itemsize:
-        raise AdapterFileError(
+        raise error(
             f"{path}: {name!r} declares {entry['dtype']} {shape} at bytes {start}…{stop} of {len(payload)}: "
             "truncated or damaged.",
             hint=hint,
