@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,7 +32,7 @@ def show(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
 @contextmanager
 def progress_bar(as_json: bool) -> Iterator[Progress]:
     """A `Progress` that draws on stderr when that is a terminal; silent with ``--json``."""
-    if as_json or not click.get_text_stream("stderr").isatty():
+    if as_json or not sys.stderr.isatty():
         yield silent
         return
     from rich.console import Console
