@@ -18,17 +18,16 @@ def caption(path: Path) -> str:
 def tree() -> str:
     """The package as an indented list: every module with its caption."""
     lines = ["```"]
-    for folder in ["", *sorted(p.name for p in (ROOT / "ssh_deploy").iterdir() if (p / "__init__.py").exists())]:
-        base = ROOT / "ssh_deploy" / folder
-        lines.append(f"ssh_deploy/{folder + '/' if folder else ''}".ljust(32) + caption(base / "__init__.py"))
-        for path in sorted(base.glob("*.py")):
-            if path.name != "__init__.py":
-                lines.append(f"  {path.name}".ljust(32) + caption(path))
-        for deeper in sorted(p for p in base.iterdir() if folder and (p / "__init__.py").exists()):
-            lines.append(f"  {deeper.name}/".ljust(32) + caption(deeper / "__init__.py"))
-            for path in sorted(deeper.glob("*.py")):
-                if path.name != "__init__.py":
-                    lines.append(f"    {path.name}".ljust(32) + caption(path))
+
+    def walk(folder: Path, depth: int) -> None:
+        name = f"{folder.relative_to(ROOT)}/" if depth <= 1 else f"{folder.name}/"
+        lines.append(f"{'  ' * max(0, depth - 1)}{name}".ljust(30) + caption(folder / "__init__.py"))
+        modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+        lines.extend(f"{'  ' * max(1, depth)}{path.name}".ljust(30) + caption(path) for path in modules)
+        for deeper in sorted(p.parent for p in folder.glob("*/__init__.py")):
+            walk(deeper, depth + 1)
+
+    walk(ROOT / "ssh_deploy", 0)
     return "\n".join([*lines, "```"])
 
 
