@@ -9,5 +9,5 @@ bin=.venv/bin
 "$bin/ruff" format --check .
 "$bin/mypy"
 "$bin/lint-imports"
-"$bin/cog" --check -r README.md
+"$bin/cog" --check -r -I tests README.md
 exec "$bin/python" -m pytest "$@"
