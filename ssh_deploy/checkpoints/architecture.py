@@ -97,21 +97,18 @@ def meta_model(config: Mapping[str, Any], auto_class: str | None = None, **chang
         ) from error
 
 
-def renaming(config: Mapping[str, Any]) -> Callable[[str], str]:
-    """Function from a module path as in a checkpoint file to the path in the loaded model (idempotent on the latter).
+def renaming(model: Any) -> Callable[[str], str]:
+    """Function from a tensor's name in a checkpoint file to its name in the loaded model (idempotent on the latter).
 
     Args:
-        config: config.json of the base.
-
-    Raises:
-        CheckpointError: of an architecture that transformers does not know.
+        model: of the architecture, may be a `meta_model`.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
     # Only renamings: a module that a converter fuses or splits has no weight of its own in the file to add to
-    table = [r for r in get_model_conversion_mapping(meta_model(config)) if isinstance(r, WeightRenaming)]
-    return lambda module: str(apply_renamings(f"{module}.weight", table)).removesuffix(".weight")
+    table = [r for r in get_model_conversion_mapping(model) if isinstance(r, WeightRenaming)]
+    return lambda name: str(apply_renamings(name, table))
 
 
 def tied_modules(config: Mapping[str, Any]) -> dict[str, str]:

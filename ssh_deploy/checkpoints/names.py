@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ssh_deploy.checkpoints.architecture import base_prefix, renaming
+from ssh_deploy.checkpoints.architecture import base_prefix, meta_model, renaming
 from ssh_deploy.errors import AdapterMismatchError, CheckpointError, near_misses
 
 
@@ -38,10 +38,11 @@ def match_modules(
         _match(wanted, there, key, found)
     if len(found) < len(wanted) and config is not None:
         try:
-            rename = renaming(config)
+            rename = renaming(meta_model(config))
         except CheckpointError:
             rename = _same  # an architecture transformers does not know has no renaming table
-        _match(wanted, there, lambda path: _without(prefix)(rename(path)), found)
+        bare = _without(prefix)
+        _match(wanted, there, lambda path: bare(rename(f"{path}.weight").removesuffix(".weight")), found)
     left = [module for module in wanted if module not in found]
     if left:
         listed = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ssh_deploy.errors import DeployError
 
 MAX_HEADER = 16 << 20
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -55,6 +55,12 @@ class SafeFile:
     tensors: Mapping[str, NDArray[Any]]
     payload: memoryview
     start: int
+
+    def forget(self) -> None:
+        """Give mapped pages back to the page cache: what was read no longer counts as this process's memory."""
+        mapped = self.payload.obj
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)  # file-backed and read-only: pages come back on the next touch
 
 
 def open_safefile(path: Path, *, error: type[DeployError]) -> SafeFile:
@@ -113,7 +119,7 @@ def _header(path: Path, raw: bytes, error: type[DeployError]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: Any, payload: memoryview, error: type[DeployError]) -> NDArray[Any]:
     hint = "The file is damaged or forged."
     try:
-        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        dtype = np.dtype(DTYPES[entry["dtype"]])
         shape = entry["shape"]
         start, stop = entry["data_offsets"]
         whole = all(type(x) is int and 0 <= x < 1 << 48 for x in (*shape, start, stop))

@@ -1,0 +1,66 @@
+"""A folder that appears whole or not at all: temporary sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ssh_deploy.errors import OutputError
+
+
+@contextmanager
+def whole_folder(out: Path, *, need: int = 0) -> Iterator[Path]:
+    """Yield a temporary sibling of ``out`` to fill; on success it becomes ``out``, on any failure it is removed.
+
+    A process killed in the middle leaves ``.OUT.partial-…`` behind and no ``out``.
+
+    Args:
+        out: the folder to make; must not exist.
+        need: bytes about to be written; checked against the free space first.
+
+    Raises:
+        OutputError: ``out`` exists, too little space, or the system refuses a write.
+    """
+    _refuse_existing(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(out.parent).free
+        if need > free:
+            raise OutputError(
+                f"{out}: {need:,} bytes are needed, {free:,} are free.", hint="Free some space or choose another disk."
+            )
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        try:
+            yield partial
+            for path in partial.rglob("*"):
+                _sync(path)
+            _sync(partial)
+            partial.chmod(0o755)  # mkdtemp makes it private
+            _refuse_existing(out)  # a rename would replace an empty folder in silence
+            partial.rename(out)
+            _sync(out.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise OutputError(
+            f"{out}: cannot be written: {error.strerror or error}.",
+            hint="Nothing was left behind. Check the folder's rights and the space on its disk.",
+        ) from error
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise OutputError(f"{out} exists already.", hint="Choose another name or remove it first.")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
