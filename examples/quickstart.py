@@ -85,10 +85,12 @@ def served_logits(deployment: Any, texts: list[str], adapter: str | None) -> np.
 
 def same_bits_without_adapter(plain: Path, sidecar: Path, texts: list[str]) -> bool:
     """Whether plain export and sidecar answer with the same bits when no adapter is named."""
+    from transformers import AutoTokenizer
+
     from ssh_deploy import Deployment
 
+    feeds = dict(AutoTokenizer.from_pretrained(base_folder())(texts, padding=True, return_tensors="np"))
     with Deployment.open(plain) as one, Deployment.open(sidecar) as other:
-        feeds = one.tokenize(texts)
         a, b = one.run(feeds), other.run(feeds)
     return all(np.array_equal(a[name], b[name]) for name in a)
 
