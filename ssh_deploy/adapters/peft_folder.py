@@ -22,7 +22,7 @@ from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite
 from ssh_deploy.checkpoints.safefile import open_safefile
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.replaced import ReplacedModule
-from ssh_deploy.errors import AdapterFileError, OutputError, RegistryError
+from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, OutputError, RegistryError
 from ssh_deploy.registry import families, get_family
 
 CONFIG = "adapter_config.json"
@@ -127,11 +127,12 @@ def module_shape(files: AdapterFiles, module: str) -> tuple[int, ...]:
 
     Raises:
         AdapterFileError: neither the config nor the caller knows it.
+        AdapterMismatchError: both do, and differ.
     """
     declared = (files.config.get("module_shapes") or {}).get(module)
     known = files.shapes.get(module) if files.shapes is not None else None
     if declared is not None and known is not None and tuple(declared) != tuple(known):
-        raise AdapterFileError(
+        raise AdapterMismatchError(
             f"{files.folder}: {module} was trained on a weight of {list(declared)}, the base has {list(known)}.",
             hint="This adapter belongs to another base.",
         )

@@ -1,0 +1,23 @@
+"""`ssh-deploy inspect`: what an adapter holds and whether it fits a base."""
+
+from __future__ import annotations
+
+import click
+
+from ssh_deploy.cli.output import json_option, show
+
+
+@click.command("inspect")
+@click.argument("adapter", type=click.Path())
+@click.option("--base", help="Folder or hub id to hold it against; exit status 1 when it does not fit.")
+@click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw its coefficients and |ΔW|.")
+@json_option
+@click.pass_context
+def command(context: click.Context, adapter: str, base: str | None, plot: str | None, as_json: bool) -> None:
+    """Show modules, shapes, sizes and origin of ADAPTER (a compact file or PEFT folder)."""
+    from ssh_deploy.jobs.inspecting import inspect_adapter
+
+    found = inspect_adapter(adapter, base=base, plot=plot)
+    show(as_json, found.as_dict(), found.lines())
+    if not found.fits:
+        context.exit(1)
