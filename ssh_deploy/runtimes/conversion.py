@@ -1,8 +1,8 @@
 """Adapters to rows of banks: an `.onnx_adapter`, a compact file or a PEFT folder; numpy only, nothing trusted.
 
-A spectral delta becomes values as they are in its file, one float32 scale per site (α, the orthonormal transforms'
-share and the expansion factor of joint spectra) and places renumbered to the order in which the graph's two-stage
-transforms put their outputs. Sites that an adapter leaves alone get no coefficient: value 0, scale 0.
+How numbers are laid out is the exporter's business (`graph.bank_file`); here is what makes it safe to do it at run
+time: modules matched to slots, orders of this release compared with the folder's, and for files that are rows
+already the guard, the number of rows, places inside their sites and finite values.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from ssh_deploy.adapters.base import Adapter, check_finite
 from ssh_deploy.checkpoints.names import match_modules
 from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.errors import AdapterMismatchError, DeploymentError, near_misses
+from ssh_deploy.errors import AdapterMismatchError, DeploymentError
+from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry
 from ssh_deploy.runtimes.session import Input, read_parameters
 from ssh_deploy.transforms.base import Axis
-
-_PREFIX = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
 
 
 def rows_of_file(path: Path, folder: Folder, inputs: Mapping[str, Input]) -> dict[str, dict[str, NDArray[Any]]]:
@@ -57,49 +56,36 @@ def rows_of_file(path: Path, folder: Folder, inputs: Mapping[str, Input]) -> dic
             )
         check_finite(f"{path}: {name}", tensor[0])
         kinds.setdefault(kind_of(name), {})[name] = tensor[0]
-    for kind in set(kinds) & set(_PREFIX):
-        _check_places(path, kinds[kind], _PREFIX[kind], folder.sites)
+    for kind in set(kinds) & set(PREFIXES):
+        _check_places(path, kinds[kind], PREFIXES[kind], folder.sites)
     return kinds
 
 
 def rows_of_adapter(
     adapter: Adapter, folder: Folder, inputs: Mapping[str, Input]
 ) -> dict[str, dict[str, NDArray[Any]]]:
-    """Rows by kind of an adapter read from its own file.
+    """Rows by kind of an adapter read from its own file, as the exporter would write them.
 
     Raises:
         AdapterMismatchError: modules that match no site, shapes that are not the base's, a kind of delta or a head
             the graph has no slot for, or values that overflow the graph's dtype.
+        DeploymentError: the folder was exported by a release that orders places otherwise.
     """
-    sites = {site.module: site for site in folder.sites}
     try:
-        found = match_modules(adapter.deltas, sites)
+        places = match_modules(adapter.deltas, [site.module for site in folder.sites])
     except AdapterMismatchError as error:
         raise AdapterMismatchError(
             f"{adapter.source}: {error.what}",
             hint=f"{error.hint} Slots are fixed at export: `ssh-deploy export --sites …` reserves more.",
         ) from error
-    groups: dict[str, dict[int, SpectralDelta]] = {}
-    for module, delta in adapter.deltas.items():
-        site = sites[found[module]]
-        if tuple(delta.shape) != (site.out, site.inn):
-            raise AdapterMismatchError(
-                f"{adapter.source}: {module} is {list(delta.shape)}, the base's weight is {[site.out, site.inn]}.",
-                hint="This adapter belongs to another base.",
-            )
-        kind = delta.axis.name if isinstance(delta, SpectralDelta) else delta.kind
-        if not isinstance(delta, SpectralDelta) or f"{_PREFIX.get(kind, '')}values" not in inputs:
-            raise AdapterMismatchError(
-                f"{adapter.source}: {module} needs a {kind} slot; this graph has {', '.join(folder.kinds) or 'none'}.",
-                hint=f"Export again with `--kinds {','.join([*folder.kinds, kind])}`.",
-            )
-        groups.setdefault(kind, {})[site.index] = delta
-    rows: dict[str, dict[str, NDArray[Any]]] = {
-        kind: _spectral_rows(adapter, deltas, folder, kind, inputs) for kind, deltas in groups.items()
-    }
-    if adapter.replaced:
-        rows["head"] = _head_rows(adapter, inputs)
-    return rows
+    for delta in adapter.deltas.values():
+        if isinstance(delta, SpectralDelta) and delta.axis.name in folder.kinds:
+            for side in delta.shape:
+                _check_order(delta.axis, side, folder)
+    kinds: dict[str, dict[str, NDArray[Any]]] = {}
+    for name, array in adapter_rows(adapter, _layout(folder, inputs), places).items():
+        kinds.setdefault(kind_of(name), {})[name] = array
+    return kinds
 
 
 def head_count(head: Rows, inputs: Mapping[str, Input]) -> int:
@@ -132,67 +118,39 @@ def head_labels(where: str, count: int | None, labels: tuple[str, ...], base: tu
     return labels or tuple(f"LABEL_{i}" for i in range(count))
 
 
-def _spectral_rows(
-    adapter: Adapter, deltas: Mapping[int, SpectralDelta], folder: Folder, kind: str, inputs: Mapping[str, Input]
-) -> dict[str, NDArray[Any]]:
-    prefix = _PREFIX[kind]
-    spectra = {index: delta.separable() for index, delta in deltas.items()}
-    shape = (len(folder.sites), max(s.values.size for s in spectra.values()))
-    values = np.zeros(shape, dtype=inputs[f"{prefix}values"].dtype)
-    scales = np.zeros(shape[0], dtype=np.float32)
-    rows = np.zeros(shape, dtype=inputs[f"{prefix}rows"].dtype)
-    cols = np.zeros(shape, dtype=inputs[f"{prefix}cols"].dtype)
-    for index, spectrum in spectra.items():
-        delta, n = deltas[index], spectrum.values.size
-        with np.errstate(over="ignore"):
-            values[index, :n] = spectrum.values
-        if not np.isfinite(values[index, :n]).all():
-            raise AdapterMismatchError(
-                f"{adapter.source}: values up to {float(np.abs(spectrum.values).max()):.4g} overflow {values.dtype}.",
-                hint="Export the base with `--adapter-dtype float32`.",
-            )
-        scales[index] = delta.gain * spectrum.factor
-        rows[index, :n] = _order(delta.axis, delta.shape[0], folder)[spectrum.rows]
-        cols[index, :n] = _order(delta.axis, delta.shape[1], folder)[spectrum.cols]
-    return {f"{prefix}values": values, f"{prefix}scales": scales, f"{prefix}rows": rows, f"{prefix}cols": cols}
+def _layout(folder: Folder, inputs: Mapping[str, Input]) -> Layout:
+    """The graph's adapter inputs as the exporter describes them; the head that gives the labels comes last."""
+    heads = []
+    for name, entry in inputs.items():
+        if kind_of(name) == "head" and name.endswith(".weight"):
+            _, out, inn = entry.shape
+            module = name.removeprefix("adapter_head.").removesuffix(".weight")
+            heads.append((module, int(inn or 0), out if isinstance(out, int) else 0))
+    heads.sort(key=lambda head: head[2] == 0)
+    values = next((entry for name, entry in inputs.items() if name.endswith("_values")), None)
+    return Layout(
+        sites=tuple((site.module, site.inn, site.out) for site in folder.sites),
+        kinds=folder.kinds,
+        heads=tuple(heads),
+        adapter_dtype=np.dtype(np.float32 if values is None else values.dtype).name,
+        guard=folder.guard,
+        base_head={},
+    )
 
 
-def _order(axis: Axis, n: int, folder: Folder) -> NDArray[np.int64]:
-    p, q, order = _two_stage_order(axis, n)
-    stated = folder.orders.get(axis.name, {}).get(n)
-    if stated != (p, q):
+def _check_order(axis: Axis, n: int, folder: Folder) -> None:
+    ours, stated = _two_stage_sides(axis, n), folder.orders.get(axis.name, {}).get(n)
+    if stated != ours:
         raise DeploymentError(
-            f"{folder.root}: orders length {n} of {axis.name} as {stated}, this release as {(p, q)}.",
+            f"{folder.root}: orders length {n} of {axis.name} as {stated}, this release as {ours}.",
             hint="Another release exported it: places would be misread. Export the base again with this one.",
         )
-    return order
 
 
 @lru_cache(maxsize=64)
-def _two_stage_order(axis: Axis, n: int) -> tuple[int, int, NDArray[np.int64]]:
+def _two_stage_sides(axis: Axis, n: int) -> tuple[int, int]:
     stages = axis.two_stage(n)
-    return stages.p, stages.q, stages.order
-
-
-def _head_rows(adapter: Adapter, inputs: Mapping[str, Input]) -> dict[str, NDArray[Any]]:
-    slots = {name for name in inputs if kind_of(name) == "head" and name.startswith("adapter_head.")}
-    modules = {name.removeprefix("adapter_head.").rpartition(".")[0] for name in slots}
-    heads = {}
-    for module, head in adapter.replaced.items():
-        if module not in modules:
-            raise AdapterMismatchError(
-                f"{adapter.source}: it trained {module!r} whole, and the graph has no slot for it.",
-                hint=f"{near_misses(module, modules)} Export again with this adapter among the given ones.",
-            )
-        for part, tensor in head.tensors.items():
-            name = f"adapter_head.{module}.{part}"
-            if name not in slots:
-                raise AdapterMismatchError(f"{adapter.source}: {module}.{part} has no slot.", hint=f"There is {slots}.")
-            heads[name] = np.ascontiguousarray(tensor, dtype=np.float32)
-        bias = f"adapter_head.{module}.bias"
-        if bias in slots and bias not in heads:  # a head without bias
-            heads[bias] = np.zeros(heads[f"adapter_head.{module}.weight"].shape[0], dtype=np.float32)
-    return heads
+    return stages.p, stages.q
 
 
 def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, ...]) -> None:
