@@ -27,7 +27,7 @@ def weights(seed=0):
 
 
 def make_folder(folder, *, base_labels=0, dtype=np.float16, required=False, task="text-classification", kinds=KINDS):
-    """Write the folder; returns it."""
+    """Write the folder; returns it. ``kinds`` empty: no slots at all, as a plain or merged export."""
     folder.mkdir(parents=True)
     model = _model(base_labels, dtype, required, kinds)
     onnx.checker.check_model(model)
@@ -42,7 +42,7 @@ def make_folder(folder, *, base_labels=0, dtype=np.float16, required=False, task
         "base": "tiny",
         "fingerprint": "0" * 64,
         "architecture": "bert",
-        "guard": list(GUARD),
+        "guard": list(GUARD) if kinds else None,
         "task": task,
         "opset": 20,
         "adapter_dtype": np.dtype(dtype).name,
@@ -53,7 +53,7 @@ def make_folder(folder, *, base_labels=0, dtype=np.float16, required=False, task
         "padding": {},
         "sites": [{"module": m, "in": s[1], "out": s[0], "index": i} for i, (m, s) in enumerate(SITES.items())],
         "orders": orders,
-        "kinds": [*kinds, "head"],
+        "kinds": [*kinds, "head"] if kinds else [],
         "head": {
             "module": "classifier",
             "in": 8,
@@ -143,7 +143,7 @@ def _model(base_labels, dtype, required, kinds):
     op("Slice", ["batch_and_tokens", "axis0", "axis1"], "batch_shape")
     op("Gather", ["E", "input_ids"], "x")
 
-    def ids_of(name, count_source):
+    def ids_of(name):
         lent(name, np.zeros(1, np.int64), [f"{name}_requests"])
         # any length but 1 and the batch is an error, and so is a negative id
         wide = op("Expand", [name, "batch_shape"], f"{name}_wide")
@@ -157,7 +157,7 @@ def _model(base_labels, dtype, required, kinds):
         lent(f"{prefix}scales", np.ones((1, len(SITES)), np.float32), dims[:2])
         lent(f"{prefix}rows", np.zeros((1, len(SITES), 0), np.uint16), dims)
         lent(f"{prefix}cols", np.zeros((1, len(SITES), 0), np.uint16), dims)
-        ids_of(f"{prefix}ids", None)
+        ids_of(f"{prefix}ids")
         axis = get_transform(kind).axis
         for n in {side for shape in SITES.values() for side in shape}:
             matrix = np.empty((n, n))
@@ -177,14 +177,17 @@ def _model(base_labels, dtype, required, kinds):
     op("ReduceSum", ["kept", "axis1"], "sum", keepdims=0)
     op("ReduceSum", ["mask", "axis1"], "count", keepdims=1)
     op("Div", ["sum", "count"], "pooled")
-    lent("adapter_head.classifier.weight", np.zeros((1, 0, 8), np.float32), ["head_adapters", "labels", 8])
-    lent("adapter_head.classifier.bias", np.zeros((1, 0), np.float32), ["head_adapters", "labels"])
-    ids_of("adapter_head_ids", None)
-    _head(op, const, w, base_labels)
-    if not required:
+    const("head", w["head"][:base_labels].T.copy().reshape(8, base_labels))
+    const("head_bias", w["head_bias"][:base_labels])
+    if kinds:
+        lent("adapter_head.classifier.weight", np.zeros((1, 0, 8), np.float32), ["head_adapters", "labels", 8])
+        lent("adapter_head.classifier.bias", np.zeros((1, 0), np.float32), ["head_adapters", "labels"])
+        ids_of("adapter_head_ids")
+        _head(op)
         lent("adapter_guard", np.zeros(GUARD, np.uint8), list(GUARD))
     else:
-        inputs.append(helper.make_tensor_value_info("adapter_guard", T.UINT8, list(GUARD)))
+        op("MatMul", ["pooled", "head"], "own")
+        op("Add", ["own", "head_bias"], "logits")
     outputs = [
         helper.make_tensor_value_info("logits", T.FLOAT, ["batch", "label_count"]),
         helper.make_tensor_value_info("last_hidden_state", T.FLOAT, ["batch", "tokens", 8]),
@@ -247,7 +250,7 @@ def _slot(nodes, const, op, prefix, index, source, plain, out, inn):
     return f"{p}out"
 
 
-def _head(op, const, w, base_labels):
+def _head(op):
     gate = _size_is_positive(op, "adapter_head.classifier.weight", "head_gate")
     mine = [
         helper.make_node("Gather", ["adapter_head.classifier.weight", "adapter_head_ids_ids"], ["hw"], axis=0),
@@ -257,8 +260,6 @@ def _head(op, const, w, base_labels):
         helper.make_node("Squeeze", ["column", "minus"], ["row"]),
         helper.make_node("Add", ["row", "hb"], ["then_logits"]),
     ]
-    const("head", w["head"][:base_labels].T.copy().reshape(8, base_labels))
-    const("head_bias", w["head_bias"][:base_labels])
     own = [
         helper.make_node("MatMul", ["pooled", "head"], ["own"]),
         helper.make_node("Add", ["own", "head_bias"], ["else_logits"]),

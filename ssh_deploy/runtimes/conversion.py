@@ -25,6 +25,8 @@ from ssh_deploy.runtimes.folder import Folder, SiteEntry
 from ssh_deploy.runtimes.session import Input, read_parameters
 from ssh_deploy.transforms.base import Axis
 
+_NO_SLOTS = "Export the base again with its adapters (`--mode sidecar`), or with --sites and --kinds."
+
 
 def rows_of_file(path: Path, folder: Folder, inputs: Mapping[str, Input]) -> dict[str, dict[str, NDArray[Any]]]:
     """Rows by kind of an ``.onnx_adapter`` made for this folder.
@@ -33,6 +35,8 @@ def rows_of_file(path: Path, folder: Folder, inputs: Mapping[str, Input]) -> dic
         DeploymentError: unreadable, without this graph's guard (a stranger), or with more than one row.
         AdapterMismatchError: places outside their sites, values not finite, or inputs the graph has not.
     """
+    if folder.guard is None:
+        raise AdapterMismatchError(f"{path}: {folder.root} was exported without slots.", hint=_NO_SLOTS)
     tensors = read_parameters(path)
     guard = tensors.pop(GUARD, None)
     if guard is None or guard.shape != folder.guard:
@@ -71,6 +75,8 @@ def rows_of_adapter(
             the graph has no slot for, or values that overflow the graph's dtype.
         DeploymentError: the folder was exported by a release that orders places otherwise.
     """
+    if folder.guard is None:
+        raise AdapterMismatchError(f"{adapter.source}: {folder.root} was exported without slots.", hint=_NO_SLOTS)
     try:
         places = match_modules(adapter.deltas, [site.module for site in folder.sites])
     except AdapterMismatchError as error:
@@ -133,7 +139,7 @@ def _layout(folder: Folder, inputs: Mapping[str, Input]) -> Layout:
         kinds=folder.kinds,
         heads=tuple(heads),
         adapter_dtype=np.dtype(np.float32 if values is None else values.dtype).name,
-        guard=folder.guard,
+        guard=folder.guard or (0, 0, 0),
         base_head={},
     )
 

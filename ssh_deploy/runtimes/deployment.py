@@ -60,10 +60,10 @@ class Deployment:
     def __init__(self, folder: Folder, session: Session, *, max_coefficients: int) -> None:
         """Use `Deployment.open`."""
         guard = session.adapter_inputs.get(GUARD)
-        if guard is None or tuple(guard.shape) != folder.guard:
-            shape = None if guard is None else list(guard.shape)
+        shape = None if guard is None else tuple(guard.shape)
+        if shape != folder.guard:
             raise DeploymentError(
-                f"{folder.root}: {MODEL} has guard {shape}, deployment.json says {list(folder.guard)}.",
+                f"{folder.root}: {MODEL} has guard {shape}, deployment.json says {folder.guard}.",
                 hint="The two are of different exports: export again.",
             )
         self.folder = folder
@@ -256,7 +256,7 @@ class Deployment:
         self, feeds: Mapping[str, NDArray[Any]], part: Part, outputs: Sequence[str]
     ) -> dict[str, NDArray[Any]]:
         base: dict[str, NDArray[Any]] = {}
-        if self.folder.required:
+        if self.folder.required and self.folder.guard is not None:
             base = {GUARD: np.zeros(self.folder.guard, dtype=np.uint8)} | self._residents.empty()
         own = {name: array[part.rows] for name, array in feeds.items()}
         return self._session.run(base | own | part.feeds, outputs)

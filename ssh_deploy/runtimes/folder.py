@@ -57,15 +57,16 @@ class StoredAdapter:
 class Folder:
     """What `deployment.json` says, checked; field names as there.
 
-    ``labels``: the base's own class names, empty when it has no head. ``orders``: (p, q) of the output order by
-    transform and length. ``required``: adapter inputs have no defaults and must always be fed.
+    ``guard``: None for a graph without slots. ``labels``: the base's own class names, empty when it has no head.
+    ``orders``: (p, q) of the output order by transform and length. ``required``: adapter inputs have no defaults and
+    must always be fed.
     """
 
     root: Path
     base: str
     fingerprint: str
     architecture: str
-    guard: tuple[int, int, int]
+    guard: tuple[int, int, int] | None
     task: str
     sites: tuple[SiteEntry, ...]
     orders: Mapping[str, Mapping[int, tuple[int, int]]]
@@ -116,9 +117,6 @@ def open_folder(path: str | Path) -> Folder:
             f"{root}: its graph obeys contract {contract!r}; this release runs {CONTRACT}.",
             hint="Export the base again with this release, or install the release that wrote the folder.",
         )
-    guard = _list(root, fields, "guard", int)
-    if len(guard) != 3 or guard[1] != 0 or not all(0 <= g < 1 << 31 for g in guard):
-        raise DeploymentError(f"{root}/{DEPLOYMENT}: guard is {guard}.", hint=_DAMAGED)
     head = fields.get("head")
     if head is not None:
         head = _typed(root, "head", head, dict)
@@ -131,7 +129,7 @@ def open_folder(path: str | Path) -> Folder:
         base=_field(root, fields, "base", str),
         fingerprint=_field(root, fields, "fingerprint", str),
         architecture=_field(root, fields, "architecture", str),
-        guard=(guard[0], guard[1], guard[2]),
+        guard=_guard(root, fields),
         task=_field(root, fields, "task", str),
         sites=_sites(root, _list(root, fields, "sites", dict)),
         orders=_orders(root, _field(root, fields, "orders", dict)),
@@ -236,6 +234,15 @@ def _stored(root: Path, name: str, entry: Any) -> StoredAdapter:
         task=None if task is None else _typed(root, f"adapters.{name}.task", task, str),
         verified=None if base is None else base == "verified",
     )
+
+
+def _guard(root: Path, fields: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    if fields.get("guard") is None:
+        return None
+    guard = _list(root, fields, "guard", int)
+    if len(guard) != 3 or guard[1] != 0 or not all(0 <= g < 1 << 31 for g in guard):
+        raise DeploymentError(f"{root}/{DEPLOYMENT}: guard is {guard}.", hint=_DAMAGED)
+    return guard[0], guard[1], guard[2]
 
 
 def _sites(root: Path, entries: list[dict[str, Any]]) -> tuple[SiteEntry, ...]:

@@ -111,6 +111,7 @@ def test_unknown_contracts(folder, contract):
         ({"sites": [{"module": "m", "in": 1, "out": 1, "index": 5}]}, "not one table"),
         ({"sites": [{"module": "m", "in": "1", "out": 1, "index": 0}]}, "in is '1'"),
         ({"guard": [1, 2, 3]}, "guard is [1, 2, 3]"),
+        ({"guard": None}, "deployment.json says None"),
         ({"guard": [1, 0, 1 << 40]}, "guard"),
         ({"guard": [GUARD[0] + 1, 0, GUARD[2]]}, "deployment.json says"),
         ({"orders": {"hartley": {"8": 3}}}, "orders"),
@@ -128,7 +129,7 @@ def test_forged_fields(folder, change, says):
 
 
 @pytest.mark.parametrize(
-    "key", ["base", "fingerprint", "guard", "task", "sites", "orders", "kinds", "adapters", "adapter_inputs"]
+    "key", ["base", "fingerprint", "task", "sites", "orders", "kinds", "adapters", "adapter_inputs"]
 )
 def test_missing_fields(folder, key):
     edit(folder, lambda fields: fields.pop(key))

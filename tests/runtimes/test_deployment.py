@@ -287,6 +287,17 @@ def test_modules_shapes_kinds_and_heads_that_do_not_fit(tmp_path):
     )
 
 
+def test_a_folder_without_slots_answers_as_the_base_and_takes_no_adapter(tmp_path, adapters):
+    """What a plain or a merged export is."""
+    folder = make_folder(tmp_path / "out", kinds={}, base_labels=3)
+    stored = make_folder(tmp_path / "other", base_labels=3)
+    with Deployment.open(folder) as deployment, Deployment.open(stored) as sidecar:
+        got = deployment.predict(TEXTS)
+        assert [p.label for p in got] == [p.label for p in sidecar.predict(TEXTS)]
+        with pytest.raises(AdapterMismatchError, match=r"(?s)exported without slots.*--mode sidecar"):
+            deployment.load("square", tmp_path / "square.safetensors")
+
+
 def test_too_wide_an_adapter_is_refused_with_both_numbers(tmp_path, adapters):
     deployment = Deployment.open(make_folder(tmp_path / "out"), max_coefficients=8)
     with pytest.raises(AdapterMismatchError, match=r"(?s)30 adapter_coefficients.*grow to 8.*max_coefficients=30"):
