@@ -140,7 +140,7 @@ def _layout(folder: Folder, inputs: Mapping[str, Input]) -> Layout:
         heads=tuple(heads),
         adapter_dtype=np.dtype(np.float32 if values is None else values.dtype).name,
         guard=folder.guard or (0, 0, 0),
-        base_head={},
+        base_head=folder.base_head(),
     )
 
 

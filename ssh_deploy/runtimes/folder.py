@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from numpy.typing import NDArray
+
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.errors import DeploymentError, UnknownNameError
 
@@ -23,6 +25,7 @@ CONTRACT = 1
 DEPLOYMENT = "deployment.json"
 MODEL = "model.onnx"
 FINGERPRINT = "fingerprint.safetensors"
+BASE_HEAD = "base_head.safetensors"
 _MAX_JSON = 64 << 20
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _DAMAGED = "The folder is damaged or forged: export it again."
@@ -99,6 +102,18 @@ class Folder:
         if found.sha256 != self.fingerprint:
             raise DeploymentError(f"{path}: its samples do not have the sha256 of {DEPLOYMENT}.", hint=_DAMAGED)
         return found
+
+    def base_head(self) -> dict[str, NDArray[Any]]:
+        """Tensors of the base's own head by ``module.weight`` and ``module.bias``; empty where it has none.
+
+        Raises:
+            DeploymentError: a damaged file.
+        """
+        if not (self.root / BASE_HEAD).exists():
+            return {}
+        from ssh_deploy.checkpoints.safefile import open_safefile
+
+        return dict(open_safefile(contained(self.root, BASE_HEAD), error=DeploymentError).tensors)
 
 
 def open_folder(path: str | Path) -> Folder:
