@@ -1,0 +1,289 @@
+"""`.onnx_adapter` files and the arrays in them: adapters as the optional inputs of one exported graph.
+
+An adapter becomes one row of each bank it uses: values as in its own file (f16 or f32), one f32 scale a site (α, the
+orthonormal transforms' share, the factor of a joint spectrum's expansion), and places renumbered to the order in which
+the graph's transforms put their outputs, *rows descending* (`lowering.spectral` says why). Sites that it leaves alone
+hold zeros with scale 0. Heads that it did not train are the base's own. Needs numpy, and onnxruntime to write.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssh_deploy.adapters.base import Adapter
+from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.errors import AdapterMismatchError, DependencyError, OutputError, near_misses
+from ssh_deploy.transforms import get_transform
+
+GUARD = "adapter_guard"
+PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """The adapter inputs of one graph.
+
+    Attributes:
+        sites: (module, in, out) by row of the ``sites`` dimension.
+        kinds: of slots.
+        heads: (module, in, out) of head slots, the one that gives the labels last.
+        adapter_dtype: ``float16`` or ``float32``.
+        guard: shape of the guard.
+        base_head: the base's own head tensors by ``module.weight`` and ``module.bias``; empty without one.
+    """
+
+    sites: tuple[tuple[str, int, int], ...]
+    kinds: tuple[str, ...]
+    heads: tuple[tuple[str, int, int], ...]
+    adapter_dtype: str
+    guard: tuple[int, int, int]
+    base_head: Mapping[str, NDArray[Any]]
+
+    @property
+    def place_dtype(self) -> np.dtype[Any]:
+        """Of rows and columns: uint16, or int32 where a side exceeds 65,536."""
+        highest = max((side for _, *sides in self.sites for side in sides), default=1)
+        return np.dtype(np.uint16 if highest <= 1 << 16 else np.int32)
+
+
+def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) -> Arrays:
+    """One row of each bank that ``adapter`` uses, by input name, without the leading row dimension.
+
+    Args:
+        adapter: spectral deltas and replaced heads.
+        layout: of the graph.
+        places: module of ``layout.sites`` by the adapter's module path.
+
+    Raises:
+        AdapterMismatchError: a site, kind or head that the graph has no slot for, or values that overflow.
+    """
+    table = {module: (row, n_out, n_in) for row, (module, n_in, n_out) in enumerate(layout.sites)}
+    by_kind: dict[str, dict[int, SpectralDelta]] = {}
+    for module, delta in adapter.deltas.items():
+        kind = delta.axis.name if isinstance(delta, SpectralDelta) else delta.kind
+        if kind not in layout.kinds or not isinstance(delta, SpectralDelta):
+            wanted = ",".join(dict.fromkeys([*layout.kinds, kind]))
+            raise AdapterMismatchError(
+                f"{adapter.source}: {module} needs a {kind} slot; the graph has {', '.join(layout.kinds) or 'none'}.",
+                hint=f"Export the base again with --kinds {wanted}.",
+            )
+        site = places.get(module)
+        if site not in table:
+            raise AdapterMismatchError(
+                f"{adapter.source}: {module} has no slot in the graph; {len(table)} other modules have.",
+                hint=f"{near_misses(module, table)} Export again with --sites that covers it (attention, linear or a glob).",
+            )
+        row, *shape = table[site]
+        if tuple(shape) != delta.shape:
+            raise AdapterMismatchError(
+                f"{adapter.source}: {module} is for a weight of {list(delta.shape)}, the graph's is {shape}.",
+                hint="This adapter belongs to another base.",
+            )
+        by_kind.setdefault(kind, {})[row] = delta
+    arrays: Arrays = {}
+    for kind, deltas in by_kind.items():
+        arrays |= _spectral(adapter, kind, deltas, layout)
+    if adapter.replaced:
+        arrays |= _heads(adapter, layout)
+    return arrays
+
+
+def spectral_row(delta: SpectralDelta) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], float]:
+    """Values, rows, columns and scale of one site as the graph takes them: renumbered, rows descending.
+
+    Args:
+        delta: of any transform; joint spectra are expanded into separable coefficients.
+    """
+    spectrum = delta.separable()
+    rows = _order(delta.axis.name, delta.shape[0])[spectrum.rows]
+    cols = _order(delta.axis.name, delta.shape[1])[spectrum.cols]
+    sort = np.lexsort((cols, -rows))  # by row descending; columns only to be deterministic
+    return spectrum.values[sort], rows[sort], cols[sort], delta.gain * spectrum.factor
+
+
+def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str, list[int]]]:
+    """Many adapters as banks: row 0 of each bank is empty (in the head bank: the base's own head), ids count from 1.
+
+    An adapter takes a row only in the banks of the kinds it uses.
+
+    Args:
+        rows: of each adapter, as `adapter_rows` made them.
+        layout: of the graph.
+
+    Returns:
+        arrays by input name, and each adapter's row by ids input (0 where it uses none).
+    """
+    banks: Arrays = {}
+    ids: dict[str, list[int]] = {}
+    for kind, name in (("hartley", "adapter_ids"), ("cosine", "adapter_cosine_ids")):
+        prefix = PREFIXES[kind]
+        own = [r for r in rows if f"{prefix}values" in r]
+        if kind not in layout.kinds:
+            continue
+        ids[name] = _numbers(rows, f"{prefix}values")
+        if not own:
+            continue
+        widest = max(r[f"{prefix}values"].shape[1] for r in own)
+        for part in ("values", "rows", "cols"):
+            first = own[0][f"{prefix}{part}"]
+            bank = np.zeros((len(own) + 1, len(layout.sites), widest), first.dtype)
+            for i, r in enumerate(own, 1):
+                bank[i, :, : r[f"{prefix}{part}"].shape[1]] = r[f"{prefix}{part}"]
+            banks[f"{prefix}{part}"] = bank
+        banks[f"{prefix}scales"] = np.stack([np.zeros(len(layout.sites), np.float32), *(r[f"{prefix}scales"] for r in own)])
+    if "head" in layout.kinds and layout.heads:
+        last = f"adapter_head.{layout.heads[-1][0]}.bias"
+        own = [r for r in rows if last in r]
+        ids["adapter_head_ids"] = _numbers(rows, last)
+        if own:
+            banks |= _stack_heads(own, layout)
+    return banks, ids
+
+
+def write_onnx_adapter(path: Path, arrays: Mapping[str, NDArray[Any]], layout: Layout) -> None:
+    """Write ``arrays`` (each with its leading row dimension) and the guard as an `.onnx_adapter`, whole or not at all.
+
+    Raises:
+        DependencyError: onnxruntime is not installed.
+        OutputError: cannot be written.
+    """
+    ort = onnxruntime()
+    tensors = {**arrays, GUARD: np.zeros(layout.guard, np.uint8)}
+    adapter = ort.AdapterFormat()
+    adapter.set_adapter_version(1)
+    adapter.set_model_version(1)
+    adapter.set_parameters({k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()})
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        adapter.export_adapter(partial)
+        with Path(partial).open("rb") as file:
+            os.fsync(file.fileno())
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.", hint="Check its folder.") from error
+    finally:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
+
+
+def onnxruntime() -> Any:
+    """The onnxruntime package.
+
+    Raises:
+        DependencyError: not installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise DependencyError(
+            f"onnxruntime is not installed ({error}).",
+            hint="Install exactly one of `ssh-deploy[cpu]` and `ssh-deploy[gpu]`: the two packages overwrite each other.",
+        ) from error
+    return ort
+
+
+def _spectral(adapter: Adapter, kind: str, deltas: Mapping[int, SpectralDelta], layout: Layout) -> Arrays:
+    prefix, dtype = PREFIXES[kind], np.dtype(layout.adapter_dtype)
+    made = {row: spectral_row(delta) for row, delta in deltas.items()}
+    shape = (len(layout.sites), max(values.size for values, *_ in made.values()))
+    arrays = {
+        f"{prefix}values": np.zeros(shape, dtype),
+        f"{prefix}rows": np.zeros(shape, layout.place_dtype),
+        f"{prefix}cols": np.zeros(shape, layout.place_dtype),
+        f"{prefix}scales": np.zeros(shape[0], np.float32),
+    }
+    for row, (values, rows, cols, scale) in made.items():
+        with np.errstate(over="ignore"):
+            arrays[f"{prefix}values"][row, : values.size] = values
+        arrays[f"{prefix}rows"][row, : values.size] = rows
+        arrays[f"{prefix}cols"][row, : values.size] = cols
+        arrays[f"{prefix}scales"][row] = scale
+    if not np.isfinite(arrays[f"{prefix}values"]).all():
+        largest = max(float(np.abs(values.astype(np.float64)).max()) for values, *_ in made.values())
+        raise AdapterMismatchError(
+            f"{adapter.source}: values up to {largest:.4g} overflow {dtype}.",
+            hint="Export the base with --adapter-dtype float32.",
+        )
+    return arrays
+
+
+def _order(axis: str, n: int) -> NDArray[np.int64]:
+    return get_transform(axis).axis.two_stage(n).order
+
+
+def _heads(adapter: Adapter, layout: Layout) -> Arrays:
+    known = {module: (n_in, n_out) for module, n_in, n_out in layout.heads}
+    strange = [module for module in adapter.replaced if module not in known]
+    if strange or "head" not in layout.kinds:
+        module = next(iter(strange or adapter.replaced))
+        raise AdapterMismatchError(
+            f"{adapter.source}: it trained {module!r} whole, and the graph has no slot for that.",
+            hint=f"{near_misses(module, known)} Export again with this adapter given, or with --kinds head.",
+        )
+    arrays: Arrays = {}
+    for module, n_in, n_out in layout.heads:
+        own = dict(adapter.replaced[module].tensors) if module in adapter.replaced else _base_head(adapter, module, layout)
+        weight = np.ascontiguousarray(own.pop("weight", np.zeros((0, 0))), dtype=np.float32)
+        labels = module == layout.heads[-1][0]
+        if weight.ndim != 2 or weight.shape[1] != n_in or (not labels and weight.shape[0] != n_out) or not weight.size:
+            raise AdapterMismatchError(
+                f"{adapter.source}: head {module} is {list(weight.shape)}, the graph takes [{'labels' if labels else n_out}, {n_in}].",
+                hint="This head belongs to another base.",
+            )
+        bias = np.ascontiguousarray(own.pop("bias", np.zeros(weight.shape[0])), dtype=np.float32)
+        if bias.shape != weight.shape[:1] or own:
+            raise AdapterMismatchError(
+                f"{adapter.source}: head {module} has a bias {list(bias.shape)} and {sorted(own) or 'no other tensors'}.",
+                hint="A head slot takes one weight and one bias of as many rows.",
+            )
+        arrays[f"adapter_head.{module}.weight"], arrays[f"adapter_head.{module}.bias"] = weight, bias
+    return arrays
+
+
+def _base_head(adapter: Adapter, module: str, layout: Layout) -> dict[str, NDArray[Any]]:
+    found = {part: layout.base_head[f"{module}.{part}"] for part in ("weight", "bias") if f"{module}.{part}" in layout.base_head}
+    if "weight" not in found:
+        raise AdapterMismatchError(
+            f"{adapter.source}: its head lacks {module}, and the base has none either.",
+            hint=f"Train with {module} in modules_to_save.",
+        )
+    return found
+
+
+def _stack_heads(own: Sequence[Arrays], layout: Layout) -> Arrays:
+    banks: Arrays = {}
+    for module, n_in, _ in layout.heads:
+        name = f"adapter_head.{module}"
+        base = layout.base_head.get(f"{module}.weight")
+        counts = [r[f"{name}.bias"].shape[0] for r in own] + ([base.shape[0]] if base is not None else [])
+        weight = np.zeros((len(own) + 1, max(counts), n_in), np.float32)
+        bias = np.full((len(own) + 1, max(counts)), -np.inf, np.float32)
+        if base is not None:
+            weight[0, : base.shape[0]] = base
+            bias[0, : base.shape[0]] = layout.base_head.get(f"{module}.bias", 0.0)
+        for i, r in enumerate(own, 1):
+            weight[i, : r[f"{name}.bias"].shape[0]] = r[f"{name}.weight"]
+            bias[i, : r[f"{name}.bias"].shape[0]] = r[f"{name}.bias"]
+        banks[f"{name}.weight"], banks[f"{name}.bias"] = weight, bias
+    return banks
+
+
+def _numbers(rows: Sequence[Arrays], key: str) -> list[int]:
+    numbers, count = [], 0
+    for r in rows:
+        count += key in r
+        numbers.append(count if key in r else 0)
+    return numbers

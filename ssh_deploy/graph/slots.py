@@ -1,0 +1,283 @@
+"""The pass that gives a plain graph its optional inputs: banks of adapters, gates, and every site's contribution.
+
+Pre-condition: a plain graph as `trace` wrote it, whose sites can take a slot. Post-condition: with the inputs at
+their defaults every output has the bits of the plain graph; the adapter inputs are those of the contract.
+
+A site's contribution is added with ScatterND(add) onto the batch rows, and not with Add: its first input is updated
+in place, and with no adapter the indices are empty, so that a row of zero bytes is all that an absent adapter costs
+(Add of a zero would also turn −0 into 0). The indices are distinct: no two threads meet on a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ssh_deploy.errors import GraphError, SlotError, near_misses
+from ssh_deploy.graph.emitter import Constants, Emitter
+from ssh_deploy.graph.lowering import head as heads
+from ssh_deploy.graph.lowering import spectral
+from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
+
+#: Prefix of the inputs of each spectral kind.
+PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What slots a graph is to have.
+
+    Attributes:
+        sites: modules of the traced model with spectral slots.
+        kinds: of `lowering.LOWERINGS`, in their order there.
+        heads: modules with a head slot.
+        missing: head modules that the base does not have.
+        adapter_dtype: ``float16`` or ``float32`` of spectral values.
+        required: adapter inputs are plain inputs without defaults.
+    """
+
+    sites: tuple[str, ...]
+    kinds: tuple[str, ...]
+    heads: tuple[str, ...]
+    missing: frozenset[str]
+    adapter_dtype: str = "float16"
+    required: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    """What was made: ``table``: (module, in, out) by row of the ``sites`` dimension; ``heads``: (module, in, out), the
+    one that gives the labels last."""
+
+    table: tuple[tuple[str, int, int], ...]
+    heads: tuple[tuple[str, int, int], ...]
+
+
+def add_slots(model: ir.Model, plan: Plan) -> Slotted:
+    """Give ``model`` the optional inputs of ``plan``, in place.
+
+    Raises:
+        SlotError: a module of the plan has no site in the graph, or its activation cannot be adapted.
+        GraphError: the graph has slots already.
+    """
+    graph = model.graph
+    if any((value.name or "").startswith("adapter_") for value in graph.inputs):
+        raise GraphError("The graph has adapter inputs already.", hint="Slots go into a plain graph, once.")
+    calls = by_module(find_calls(graph))
+    unknown = [name for name in (*plan.sites, *plan.heads) if name not in calls]
+    if unknown:
+        raise SlotError(
+            f"No linear layer of the traced graph is {unknown[0]!r} ({len(unknown)} of "
+            f"{len(plan.sites) + len(plan.heads)} modules have no site).",
+            hint=f"{near_misses(unknown[0], calls)} Does this task's graph compute it at all?",
+        )
+    constants = Constants(graph, "adapter")
+    first = Emitter(constants, "adapter")
+    batch = first.op("Shape", graph.inputs[0], start=0, end=1)
+    wanted = [call for name in plan.sites for call in calls[name]]
+    order = {id(node): i for i, node in enumerate(graph)}
+    wanted.sort(key=lambda call: order[id(call.nodes[0])])
+    for call in wanted:
+        require_slots(call)
+    groups = groups_of(wanted)
+    table = index_table(groups)
+    sides = {call.module: (call.outputs, call.inputs) for call in wanted}
+    shapes = [sides[name] for name in table]
+    banks = [
+        _spectral_bank(graph, first, kind, plan, batch, shapes, _group_of(groups, table))
+        for kind in plan.kinds
+        if kind in PREFIXES and table
+    ]
+    head_calls = sorted((calls[name][0] for name in plan.heads), key=lambda call: order[id(call.nodes[0])])
+    if any(len(calls[name]) > 1 for name in plan.heads):
+        raise SlotError("A head module is called more than once.", hint="Use --mode merged.")
+    head_bank, head_inputs = None, {}
+    if head_calls and "head" in plan.kinds:
+        head_inputs = _head_inputs(graph, head_calls, plan)
+        ids = _ids(graph, first, "adapter_head_ids", "head_requests", batch, plan)
+        head_bank = heads.prepare(first, head_inputs, ids)
+    graph.insert_before(graph[0], first.nodes)
+    for group in groups:
+        _fill(graph, constants, banks, group, table)
+    for call in head_calls:
+        _replace_head(graph, constants, call, head_bank, head_inputs, plan, batch, last=call is head_calls[-1])
+    graph.sort()
+    rows = tuple((name, sides[name][1], sides[name][0]) for name in table)
+    return Slotted(rows, tuple((call.module, call.inputs, call.outputs) for call in head_calls))
+
+
+def _group_of(groups: Sequence[Sequence[Call]], table: Mapping[str, int]) -> list[tuple[int, int]]:
+    """(first row, size) of the group of each row of the table."""
+    found: dict[int, tuple[int, int]] = {}
+    for group in groups:
+        rows = sorted({table[call.module] for call in group})
+        for row in rows:
+            found[row] = (rows[0], len(rows))
+    return [found[row] for row in range(len(table))]
+
+
+def _input(graph: ir.Graph, name: str, dtype: ir.DataType, sides: Sequence[int | str], default: object, plan: Plan) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(sides), type=ir.TensorType(dtype))
+    graph.inputs.append(value)
+    if not plan.required:
+        value.const_value = ir.tensor(np.asarray(default, dtype=dtype.numpy()), name=name)
+        graph.register_initializer(value)
+    return value
+
+
+def _ids(graph: ir.Graph, emitter: Emitter, name: str, requests: str, batch: ir.Value, plan: Plan) -> ir.Value:
+    """The ids input ``name``, checked: one for the batch or one a row, never negative (Gather would count from the end)."""
+    ids = _input(graph, name, ir.DataType.INT64, [requests], [0], plan)
+    whole = emitter.op("Reshape", emitter.op("Expand", ids, batch), batch)
+    beyond = emitter.const(np.iinfo(np.int64).max, np.int64)
+    return emitter.op("Where", emitter.op("Less", whole, emitter.const(0, np.int64)), beyond, whole)
+
+
+def _spectral_bank(
+    graph: ir.Graph,
+    emitter: Emitter,
+    kind: str,
+    plan: Plan,
+    batch: ir.Value,
+    shapes: Sequence[tuple[int, int]],
+    groups: Sequence[tuple[int, int]],
+) -> spectral.SpectralBank:
+    prefix = PREFIXES[kind]
+    dims = prefix.removeprefix("adapter_")
+    sides: tuple[int | str, ...] = (f"{dims}adapters", len(shapes), f"{dims}coefficients")
+    ids = _ids(graph, emitter, f"{prefix}ids", f"{dims}requests", batch, plan)
+    values = ir.DataType.FLOAT16 if plan.adapter_dtype == "float16" else ir.DataType.FLOAT
+    places = ir.DataType.from_numpy(place_dtype(shapes))
+    none = np.zeros((1, len(shapes), 0))
+    inputs = {
+        "values": _input(graph, f"{prefix}values", values, sides, none, plan),
+        "scales": _input(graph, f"{prefix}scales", ir.DataType.FLOAT, sides[:2], np.ones((1, len(shapes))), plan),
+        "rows": _input(graph, f"{prefix}rows", places, sides, none, plan),
+        "cols": _input(graph, f"{prefix}cols", places, sides, none, plan),
+    }
+    return spectral.prepare(emitter, kind, inputs, ids, shapes=shapes, groups=groups)
+
+
+def place_dtype(shapes: Sequence[tuple[int, int]]) -> np.dtype[np.uint16] | np.dtype[np.int32]:
+    """Of places in weights of ``shapes``: uint16, or int32 where a side exceeds 65,536."""
+    return np.dtype(np.uint16) if max(side for shape in shapes for side in shape) <= 1 << 16 else np.dtype(np.int32)
+
+
+def _head_inputs(graph: ir.Graph, calls: Sequence[Call], plan: Plan) -> dict[str, dict[str, ir.Value]]:
+    found = {}
+    for call in calls:
+        labels = "labels" if call is calls[-1] else f"{call.module}.out"
+        name, sides = f"adapter_head.{call.module}", ("head_adapters", labels)
+        weight = _input(graph, f"{name}.weight", ir.DataType.FLOAT, [*sides, call.inputs], np.zeros((1, 0, call.inputs)), plan)
+        bias = _input(graph, f"{name}.bias", ir.DataType.FLOAT, sides, np.zeros((1, 0)), plan)
+        found[call.module] = {"weight": weight, "bias": bias}
+    return found
+
+
+def _fill(
+    graph: ir.Graph,
+    constants: Constants,
+    banks: Sequence[spectral.SpectralBank],
+    group: Sequence[Call],
+    table: Mapping[str, int],
+) -> None:
+    """Add the contributions of all banks to the results of one group of calls."""
+    for bank in banks:
+        emitter = Emitter(constants, f"adapter/{bank.axis}/{group[0].module}")
+        then, other = emitter.branch("there"), emitter.branch("absent")
+        terms = spectral.contribution(then, bank, group, table)
+        rows = then.op("Shape", group[0].activation, start=0, end=1)
+        rows = then.op("Range", then.const(0, np.int64), then.op("Squeeze", rows), then.const(1, np.int64))
+        rows = then.op("Unsqueeze", rows, then.ints(1))
+        empty = other.const(np.zeros((0, 1)), np.int64)
+        absent = [other.op("Identity", empty)]
+        for call in group:
+            sides = other.op("Shape", call.activation, start=1, end=2) if call.tokens else None
+            shape = [other.ints(0), *([sides] if sides is not None else []), other.ints(call.outputs)]
+            absent.append(other.op("ConstantOfShape", other.op("Concat", *shape, axis=0)))
+        there = [rows, *terms]
+        for value, kind in zip(there + absent, [ir.DataType.INT64, *[ir.DataType.FLOAT] * len(group)] * 2, strict=True):
+            value.dtype = kind
+        places, *sums = emitter.when(bank.gate, then, there, other, absent)
+        anchor = group[0].nodes[0]
+        graph.insert_before(anchor, emitter.nodes)
+        for call, term in zip(group, sums, strict=True):
+            result = _current(call)
+            users = list(result.uses())
+            add = Emitter(constants, f"adapter/{bank.axis}/{call.module}/add")
+            total = add.op("ScatterND", result, places, term, reduction="add")
+            total.shape, total.dtype = result.shape, result.dtype
+            producer = result.producer()
+            assert producer is not None
+            graph.insert_after(producer, add.nodes)
+            for node, i in users:
+                node.replace_input_with(i, total)
+            _rename_output(graph, result, total)
+
+
+def _current(call: Call) -> ir.Value:
+    """The call's product with the contributions added so far."""
+    value = call.product
+    while True:
+        following = [n for n in value.consumers() if n.op_type == "ScatterND" and (n.name or "").startswith("adapter/")]
+        if not following:
+            return value
+        value = following[0].outputs[0]
+
+
+def _rename_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    for i, value in enumerate(graph.outputs):
+        if value is old:
+            name = old.name
+            old.name = f"{name}/without_adapter"
+            new.name, new.shape, new.dtype = name, old.shape, old.dtype
+            graph.outputs[i] = new
+
+
+def _replace_head(
+    graph: ir.Graph,
+    constants: Constants,
+    call: Call,
+    bank: heads.HeadBank | None,
+    inputs: Mapping[str, Mapping[str, ir.Value]],
+    plan: Plan,
+    batch: ir.Value,
+    *,
+    last: bool,
+) -> None:
+    """Put the bank's head (or nothing, where there is neither) in the place of ``call``'s nodes."""
+    emitter = Emitter(constants, f"adapter/head/{call.module}")
+    # a base that lacks any part of its head has none: its labels would come from made-up numbers
+    base = call.module not in plan.missing and not (last and plan.missing)
+    if bank is not None:
+        weight = inputs[call.module]["weight"]
+        made = heads.answer(emitter, bank, call, weight, base=base, last=last, batch=batch)
+    elif base:
+        return
+    else:
+        made = heads.nothing(emitter, call, last=last, batch=batch)
+    made.dtype = ir.DataType.FLOAT
+    old = call.result
+    graph.insert_before(call.nodes[0], emitter.nodes)
+    for node, i in list(old.uses()):
+        if node not in emitter.nodes:
+            node.replace_input_with(i, made)
+    _rename_output(graph, old, made)
+    _forget_shapes(made)
+    graph.remove(list(reversed(call.nodes)), safe=True)
+
+
+def _forget_shapes(value: ir.Value) -> None:
+    """Drop the shapes that were traced with the base's own number of labels."""
+    left, seen = [value], set()
+    while left:
+        current = left.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        current.shape = None
+        for node in current.consumers():
+            left.extend(node.outputs)

@@ -1,0 +1,176 @@
+"""What lies in an exported folder beside the graph: JSON, samples, base head, model card, tokenizer files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from ssh_deploy.checkpoints.fingerprint import Fingerprint
+from ssh_deploy.checkpoints.index import Checkpoint, contained
+from ssh_deploy.errors import OutputError
+
+DEPLOYMENT = "deployment.json"
+PROVENANCE = "provenance.json"
+FINGERPRINT = "fingerprint.safetensors"
+BASE_HEAD = "base_head.safetensors"
+MODEL = "model.onnx"
+ADAPTERS = "adapters"
+#: Files of a base that its users need to make inputs; weights are in the graph.
+_COMPANIONS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "preprocessor_config.json",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_PACKAGES = ("ssh-deploy", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` whole or not at all: temporary sibling, fsync, rename.
+
+    Raises:
+        OutputError: cannot be written.
+    """
+    _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_samples(path: Path, fingerprint: Fingerprint) -> None:
+    """Write the samples of a base: bf16 tensors by site, shapes and architecture in the metadata."""
+    shapes = {name: list(site.shape) for name, site in fingerprint.sites.items()}
+    metadata = {"architecture": fingerprint.architecture, "sites": json.dumps(shapes)}
+    _write(path, save({name: np.ascontiguousarray(s.values) for name, s in fingerprint.sites.items()}, metadata=metadata))
+
+
+def write_base_head(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write the base's own head, f32: row 0 of head banks."""
+    _write(path, save({name: np.ascontiguousarray(t, dtype=np.float32) for name, t in tensors.items()}))
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path, changes: Mapping[str, Any]) -> None:
+    """Copy the base's tokenizer files, and its config.json with ``changes`` and without paths of this machine."""
+    for name in _COMPANIONS:
+        if (checkpoint.folder / name).exists():
+            shutil.copyfile(contained(checkpoint.folder, Path(name)), folder / name)
+    config = {**checkpoint.config, **changes}
+    if Path(str(config.get("_name_or_path", ""))).is_absolute():
+        del config["_name_or_path"]
+    write_json(folder / "config.json", config)
+
+
+def padding_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How short rows of a batch are filled, as far as the base's config says: ``id`` of the padding token."""
+    pad = checkpoint.config.get("pad_token_id")
+    return {} if pad is None else {"id": pad}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made the folder."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def base_name(checkpoint: Checkpoint, given: str) -> str:
+    """The base's public name: the hub id it was asked for by, its config's, or its folder's; never a local path."""
+    if not Path(given).exists():
+        return given
+    named = str(checkpoint.config.get("_name_or_path") or "")
+    if named and not Path(named).is_absolute() and not named.startswith("."):
+        return named
+    return checkpoint.folder.resolve().name
+
+
+def base_hashes(checkpoint: Checkpoint) -> dict[str, str]:
+    """sha256 of the base's config and weight files by name."""
+    names = ["config.json", *checkpoint.shards]
+    return {name: file_sha256(contained(checkpoint.folder, Path(name))) for name in names}
+
+
+def model_card(deployment: Mapping[str, Any]) -> str:
+    """README.md of the folder."""
+    adapters = deployment["adapters"]
+    rows = "\n".join(
+        f"| {name} | {entry['family']} | {entry['n']} | {', '.join(entry['labels']) or '–'} |" for name, entry in adapters.items()
+    )
+    table = f"| adapter | family | n | labels |\n|---|---|---|---|\n{rows}\n" if adapters else "No adapters yet.\n"
+    first = next(iter(adapters), "NAME")
+    slots = f"{len(deployment['sites'])} sites with slots for {', '.join(deployment['kinds'])}" if deployment["kinds"] else "no slots"
+    return f"""---
+library_name: onnx
+base_model: {deployment["base"]}
+pipeline_tag: {deployment["task"]}
+---
+
+# {deployment["base"]}, {deployment["task"]}, ONNX
+
+Exported by ssh-deploy ({deployment["mode"]}, opset {deployment["opset"]}, {deployment["dtype"]}): {slots}.
+
+{table}
+With ssh-deploy:
+
+```
+ssh-deploy run . --adapter {first} --text "…"
+```
+
+With nothing but onnxruntime (keep `adapter` referenced while the session runs):
+
+```python
+import onnxruntime as ort
+
+session = ort.InferenceSession("model.onnx")
+adapter = ort.LoraAdapter()
+adapter.Load("adapters/{first}.onnx_adapter")
+options = ort.RunOptions()
+options.add_active_adapter(adapter)
+outputs = session.run(None, feeds, options)
+```
+
+`deployment.json` lists sites, kinds of slots and adapters with their digests; `provenance.json` says what this was
+made from and how far it was from torch.
+"""
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = None
+    try:
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(partial).chmod(0o644)
+        Path(partial).replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.", hint="Check its folder.") from error
+    finally:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)

@@ -1,0 +1,135 @@
+"""An exported graph held against torch: every output, no adapter and each one, several batch and sequence shapes.
+
+Three questions, and a no to any of them is an error: does it answer as torch does with the adapter added to the
+weights; does it give the plain graph's bits when no adapter is named; does each adapter change anything at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssh_deploy.errors import VerificationError
+from ssh_deploy.graph.bank_file import onnxruntime
+from ssh_deploy.graph.trace import example_inputs, run_torch
+
+#: (batch, tokens) of the validation; none is the example's shape that was traced.
+SHAPES = ((1, 5), (2, 16), (5, 9))
+#: Largest difference allowed, as a share of the spread of torch's own outputs (at least 1).
+TOLERANCE = 1e-4
+
+Outputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """``max_abs_diff`` over all outputs and shapes, ``spread`` of torch's outputs, ``effect`` of the adapter on the
+    outputs (None for the base)."""
+
+    max_abs_diff: float
+    spread: float
+    effect: float | None = None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For provenance.json."""
+        return {"max_abs_diff": self.max_abs_diff, "spread": self.spread, "effect": self.effect}
+
+
+def inputs_for(model: Any) -> list[dict[str, Any]]:
+    """Torch inputs of every shape of `SHAPES`."""
+    return [example_inputs(model, batch=b, length=n, seed=17 + i) for i, (b, n) in enumerate(SHAPES)]
+
+
+def torch_outputs(model: Any, inputs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Outputs]:
+    """Torch's answer to each of ``inputs``."""
+    import torch
+
+    with torch.no_grad():
+        return [{k: v.numpy() for k, v in run_torch(model, feed, names).items()} for feed in inputs]
+
+
+class Runner:
+    """A graph in plain onnxruntime, as stock users run it: `LoraAdapter` files and nothing of ours."""
+
+    def __init__(self, path: Path, names: Sequence[str], required: Mapping[str, NDArray[Any]] | None = None) -> None:
+        """``required``: what adapter inputs are fed with when no adapter is, in a graph without defaults."""
+        ort = onnxruntime()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        self._ort, self._names = ort, list(names)
+        self._required = dict(required or {})
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def __call__(
+        self, inputs: Sequence[dict[str, Any]], *, adapter: Path | None = None, arrays: Mapping[str, NDArray[Any]] | None = None
+    ) -> list[Outputs]:
+        """Answers to each of ``inputs``, with the adapter of a file or with arrays fed."""
+        answers = []
+        lent = None
+        options = self._ort.RunOptions()
+        if adapter is not None:
+            lent = self._ort.LoraAdapter()
+            lent.Load(str(adapter))
+            options.add_active_adapter(lent)
+        for feed in inputs:
+            feeds = {**self._required, **{k: v.numpy() for k, v in feed.items()}, **(arrays or {})}
+            answers.append(dict(zip(self._names, self._session.run(self._names, feeds, options), strict=True)))
+        del lent  # RunOptions does not keep it alive; until here this name does
+        return answers
+
+
+def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effect: float | None = None) -> Checked:
+    """Differences of ``got`` from torch's ``want``.
+
+    Raises:
+        VerificationError: shapes differ, or numbers by more than `TOLERANCE`.
+    """
+    worst, spread = 0.0, 0.0
+    for mine, theirs in zip(got, want, strict=True):
+        for name, right in theirs.items():
+            if mine[name].shape != right.shape:
+                raise VerificationError(
+                    f"{what}: {name} is {list(mine[name].shape)}, torch's is {list(right.shape)}.",
+                    hint="Nothing was written. Please report this architecture.",
+                )
+            if right.size:
+                diff = float(np.abs(mine[name].astype(np.float64) - right).max())
+                worst, spread = max(worst, diff if np.isfinite(diff) else np.inf), max(spread, float(np.ptp(right)))
+    if not worst <= TOLERANCE * max(1.0, spread):
+        raise VerificationError(
+            f"{what}: the exported graph is {worst:.3g} off torch, over outputs that spread {spread:.3g} "
+            f"(allowed: {TOLERANCE} of it).",
+            hint="Nothing was written. Please report this architecture.",
+        )
+    return Checked(worst, spread, effect)
+
+
+def identical(what: str, got: Sequence[Outputs], want: Sequence[Outputs]) -> None:
+    """Demand equal bits.
+
+    Raises:
+        VerificationError: with the output that differs.
+    """
+    for mine, theirs in zip(got, want, strict=True):
+        for name, right in theirs.items():
+            if mine[name].shape != right.shape or mine[name].tobytes() != right.tobytes():
+                raise VerificationError(
+                    f"{what}: without an adapter {name} is not bit-identical to the plain graph's.",
+                    hint="Nothing was written. Please report this architecture and onnxruntime's version.",
+                )
+
+
+def effect_of(with_it: Sequence[Outputs], without: Sequence[Outputs]) -> float:
+    """Largest change of an output of equal shape."""
+    changes = [
+        float(np.abs(a[name].astype(np.float64) - b[name]).max())
+        for a, b in zip(with_it, without, strict=True)
+        for name in b
+        if a[name].shape == b[name].shape and b[name].size
+    ]
+    return max(changes, default=0.0)
