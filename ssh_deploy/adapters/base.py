@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,6 +100,11 @@ def check_shape(where: str, shape: tuple[int, ...]) -> tuple[int, int]:
             f"{where}: shape {list(shape)} is not two sides of 1 to {MAX_SIDE}.", hint="The file is damaged or forged."
         )
     return (shape[0], shape[1])
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """True for an int or float (no bool) that a float64 holds; JSON may bring NaN and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_spectrum(

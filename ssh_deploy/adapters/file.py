@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectrum
+from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectrum, is_finite_number
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
 from ssh_deploy.checkpoints.safefile import SafeFile, open_safefile
 from ssh_deploy.deltas.replaced import ReplacedModule
@@ -112,8 +112,8 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
     norm = {v: k for k, v in SCALINGS.items()}[_one_of(path, fields, "scaling", sorted(SCALINGS.values()))]
     transposed = _one_of(path, fields, "orientation", ["out,in", "in,out"]) == "in,out"
     alpha = fields.get("alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not np.isfinite(alpha):
-        raise AdapterFileError(f"{path}: alpha is {alpha!r}, not a finite number.", hint="The file is forged.")
+    if not is_finite_number(alpha):
+        raise AdapterFileError(f"{path}: alpha is {alpha!r:.40}, not a finite number.", hint="The file is forged.")
     modules = _object(path, fields, "modules")
     left = set(file.tensors)
     deltas = {}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite
+from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite, is_finite_number
 from ssh_deploy.checkpoints.safefile import open_safefile
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.replaced import ReplacedModule
@@ -60,6 +60,7 @@ def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
         raise AdapterFileError(f"{config_path}: not JSON ({error}).", hint="Save the adapter again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterFileError(f"{config_path}: names no peft_type.", hint="Save the adapter again with PEFT.")
+    _check_fields(config_path, config)
     file = open_safefile(weights_path, error=AdapterFileError)
     digest = hashlib.sha256(raw)
     digest.update(weights_path.read_bytes())
@@ -67,6 +68,24 @@ def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
     family = _family(config["peft_type"])
     adapter: Adapter = family.read(AdapterFiles(folder, config, tensors, digest.hexdigest(), shapes))
     return adapter
+
+
+def _check_fields(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse fields that are not what every PEFT method means by them; a family checks its own."""
+
+    def texts(value: object) -> bool:
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+
+    shapes = config.get("module_shapes")
+    wrong = [key for key in ("modules_to_save", "labels") if config.get(key) is not None and not texts(config[key])]
+    if shapes is not None and not (isinstance(shapes, dict) and all(isinstance(s, list) for s in shapes.values())):
+        wrong.append("module_shapes")
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        wrong.append("base_model_name_or_path")
+    if wrong:
+        raise AdapterFileError(
+            f"{path}: {wrong[0]} is {config[wrong[0]]!r:.80}, which PEFT never writes.", hint="Save the adapter again."
+        )
 
 
 def _family(peft_type: str) -> Any:
@@ -117,7 +136,7 @@ def adapter_of(
         base=files.config.get("base_model_name_or_path"),
         fingerprint=None,
         task=_TASKS.get(str(files.config.get("task_type"))),
-        labels=tuple(map(str, labels)),
+        labels=tuple(labels),
         settings=settings,
     )
 
@@ -152,9 +171,9 @@ def number(files: AdapterFiles, key: str) -> float:
         AdapterFileError: missing or no such number.
     """
     value = files.config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+    if not is_finite_number(value):
         raise AdapterFileError(
-            f"{files.folder}/{CONFIG}: {key} is {value!r}, not a finite number.", hint="Save it again."
+            f"{files.folder}/{CONFIG}: {key} is {value!r:.40}, not a finite number.", hint="Save it again."
         )
     return float(value)
 

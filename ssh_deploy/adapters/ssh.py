@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.adapters.base import Adapter, AdapterFiles, check_shape, check_spectrum
+from ssh_deploy.adapters.base import Adapter, AdapterFiles, check_shape, check_spectrum, is_finite_number
 from ssh_deploy.adapters.peft_folder import adapter_of, module_shape, number
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError
@@ -46,7 +46,7 @@ class SpectralFamily:
             "delta_ratio": files.config.get("delta_ratio"),
             "seed": files.config.get("seed"),
         }
-        return adapter_of(files, self.name, deltas, rest, {k: v for k, v in settings.items() if v is not None})
+        return adapter_of(files, self.name, deltas, rest, {k: v for k, v in settings.items() if is_finite_number(v)})
 
     def _delta(
         self, files: AdapterFiles, module: str, parts: dict[str, NDArray[Any]], transform: str, alpha: float
@@ -57,7 +57,7 @@ class SpectralFamily:
             raise AdapterFileError(
                 f"{where} has {' and '.join(parts)} only.", hint="Both ssh_spectrum and ssh_indices are needed."
             )
-        if places.ndim != 2 or places.shape[0] != 2 or places.dtype.kind not in "iu" or values.dtype.kind == "i":
+        if places.ndim != 2 or places.shape[0] != 2 or places.dtype.kind not in "iu" or values.dtype.kind in "iub":
             raise AdapterFileError(
                 f"{where}: ssh_indices is {places.dtype} {list(places.shape)}, ssh_spectrum {values.dtype}.",
                 hint="Expected integers [2, n] and floats [n].",

@@ -1,0 +1,231 @@
+"""Outputs: one that exists, a full disk, a kill in the middle; never half an OUT, never a file left behind."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ssh_deploy.adapters.file import write_file
+from ssh_deploy.adapters.peft_folder import write_folder
+from ssh_deploy.checkpoints import whole, writer
+from ssh_deploy.checkpoints.index import INDEX
+from ssh_deploy.errors import OutputError
+from ssh_deploy.jobs.merging import merge_adapters
+from ssh_deploy.testing import random_adapter
+
+pytestmark = pytest.mark.hostile
+
+SITE = "encoder.layer.0.attention.self.query"
+MERGE = "import sys; from ssh_deploy.cli.main import main; main(['merge', *sys.argv[1:]])"
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    write_file(random_adapter({SITE: (48, 48)}), tmp_path / "a.safetensors")
+    return str(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["folder", "empty", "file", "link"])
+def test_output_exists(pico, adapter, tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("precious")
+    elif kind == "link":
+        out.symlink_to("nowhere")
+    else:
+        out.mkdir()
+        if kind == "folder":
+            (out / "notes").write_text("precious")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"out exists already\.\n.*another name"):
+        merge_adapters(pico("bert"), [adapter], out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    if kind in ("folder", "file"):
+        assert (out / "notes" if kind == "folder" else out).read_text() == "precious"
+
+
+def test_output_that_appears_meanwhile(pico, adapter, tmp_path):
+    """rename(2) would replace an empty folder in silence."""
+
+    def steal(stage, done, total):
+        (tmp_path / "out").mkdir(exist_ok=True)
+
+    with pytest.raises(OutputError, match="exists already"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "out", progress=steal)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "out"]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_merging_onto_the_base_itself(pico, adapter, tmp_path):
+    base = shutil.copytree(pico("bert"), tmp_path / "base")
+    before = (base / "model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match="exists already"):
+        merge_adapters(base, [adapter], base)
+    assert (base / "model.safetensors").read_bytes() == before
+
+
+def test_too_little_space_is_known_before_anything_is_written(pico, adapter, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(whole.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(whole.tempfile, "mkdtemp", lambda **_: pytest.fail("something was written"))
+    with pytest.raises(OutputError, match=r"[\d,]+ bytes are needed, 1,000 are free\.\n.*Free some space"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "out")
+
+
+@pytest.mark.parametrize("call", ["copy_file_range", "pwrite", "fsync"])
+def test_disk_full(pico, adapter, tmp_path, monkeypatch, call):
+    """The system says ENOSPC in the copy, in the write of a tensor, or only at fsync: nothing is left."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OutputError, match=r"cannot be written: No space left on device\.\n.*Nothing was left behind"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
+@pytest.mark.parametrize("extra", [[], ["--dtype", "bfloat16"]])
+def test_a_real_limit_of_the_system(pico, adapter, tmp_path, extra):
+    """A process that may not write files beyond 60 kB: exit status 1, the reason, no traceback, nothing left."""
+    words = [sys.executable, "-c", MERGE, str(pico("bert")), adapter, "-o", str(tmp_path / "out"), *extra]
+    done = subprocess.run(words, capture_output=True, text=True, preexec_fn=limited, check=False)
+    assert done.returncode == 1
+    assert "cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_rights(pico, adapter, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OutputError, match="cannot be written: Permission denied"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "locked" / "out")
+
+
+def test_a_parent_that_is_a_file(pico, adapter, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be written"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "file" / "out")
+
+
+def test_an_error_in_the_middle_leaves_nothing(pico, tmp_path):
+    """The second of two sites overflows after the first was written."""
+    modules = {SITE: (48, 48), "encoder.layer.1.output.dense": (48, 80)}
+    write_file(random_adapter(modules, alpha=1e9), tmp_path / "a.safetensors")
+    with pytest.raises(Exception, match="go beyond the range of float16"):
+        merge_adapters(pico("bert"), [str(tmp_path / "a.safetensors")], tmp_path / "out", dtype="float16")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A base of 384 MB in 24 shards."""
+    base = tmp_path_factory.mktemp("large") / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    block = np.random.default_rng(0).normal(size=(2048, 4096)).astype(ml_dtypes.bfloat16)
+    places = {}
+    for number in range(24):
+        name = f"model.layers.{number}.mlp.up_proj.weight"
+        places[name] = f"model-{number:05}.safetensors"
+        save_file({name: block}, base / places[name])
+    (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    modules = {name.removesuffix(".weight"): (2048, 4096) for name in places}
+    write_file(random_adapter(modules, n=100), base.parent / "a.safetensors")
+    yield base
+    shutil.rmtree(base)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle(large, tmp_path, how):
+    """kill -9 leaves no OUT; Ctrl-C leaves nothing at all. The same command then succeeds."""
+    words = [sys.executable, "-c", MERGE, str(large), str(large.parent / "a.safetensors"), "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob(".out.partial-*/*.safetensors"))) < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGSTOP)
+    assert not (tmp_path / "out").exists()
+    process.send_signal(how)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) != 0
+    assert not (tmp_path / "out").exists()
+    assert bool(list(tmp_path.glob(".out.partial-*"))) == (how == signal.SIGKILL)
+    if how == signal.SIGKILL:
+        report = merge_adapters(large, [str(large.parent / "a.safetensors")], tmp_path / "out")
+        assert len(report.sites) == 24
+        assert (tmp_path / "out" / INDEX).exists()
+
+
+@pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_kernel_that_cannot_copy(pico, adapter, tmp_path, monkeypatch, code):
+    """copy_file_range refused half-way: the rest goes by read and write, and the result is the same."""
+    merge_adapters(pico("bert"), [adapter], tmp_path / "kernel")
+    real, calls = os.copy_file_range, []
+
+    def sometimes(source, target, count, offset_src, offset_dst):
+        calls.append(count)
+        if len(calls) % 2 == 0:
+            raise OSError(code, os.strerror(code))
+        return real(source, target, min(count, 1000), offset_src, offset_dst)
+
+    monkeypatch.setattr(os, "copy_file_range", sometimes)
+    merge_adapters(pico("bert"), [adapter], tmp_path / "plain")
+    assert len(calls) > 3
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "kernel" / name).read_bytes()
+
+
+def test_a_base_that_shrinks_while_it_is_copied(pico, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "copy_file_range", lambda *_: 0)
+    with pytest.raises(OutputError, match="became shorter while it was read"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_do_not_fill_their_tensor_are_a_bug(tmp_path, pico):
+    from ssh_deploy.checkpoints.index import open_checkpoint
+
+    source = open_checkpoint(pico("bert")).shards["model.safetensors"]
+    entry = writer.Made("F32", (4,), lambda: [np.ones(3, np.float32)])
+    with pytest.raises(AssertionError, match="12 bytes made for 16"):
+        writer.write_shard(tmp_path / "x", source, {"a": entry}, advance=lambda _: None)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_compact_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        write_file(random_adapter({SITE: (48, 48)}), tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peft_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="cannot be written: No space left on device"):
+        write_folder(random_adapter({SITE: (48, 48)}), tmp_path / "peft")
+    assert not list(tmp_path.iterdir())
