@@ -69,7 +69,7 @@ class MergeReport:
         return [
             *table,
             f"Merged {names}; head: {self.head or 'as the base has it'}.",
-            f"{len(self.sites)} tensors changed, {self.survival:.2%} of ΔW survived the rounding.",
+            f"{len(self.sites)} tensor{'s' * (len(self.sites) != 1)} changed, {self.survival:.2%} of ΔW survived the rounding.",
             f"{self.out}: {len(self.files)} files, {size}, in {self.seconds:.2f} s.",
             *(f"Note: {note}" for note in self.notes),
         ]
