@@ -114,6 +114,16 @@ def test_a_dropped_row_is_not_written_while_it_is_lent():
     assert len(b._table.users) == capacity  # the free row was taken, nothing grew
 
 
+def test_a_reused_row_keeps_nothing_of_its_last_owner():
+    b = bank()
+    for i, n in enumerate([9, 9, 9, 9], start=1):
+        b.put(f"a{i}", spectrum(i, n=n))
+    b.drop("a2")
+    b.put("narrow", spectrum(7, n=3))
+    feeds = b.lease(["a1", "narrow"]).feeds
+    assert feeds["adapter_values"][feeds["adapter_ids"][1], 0].tolist() == [7] * 3 + [0] * 6
+
+
 def test_rows_of_another_graph_are_refused():
     b = bank()
     for change, pattern in (
