@@ -66,10 +66,11 @@ class MergeReport:
         table += [f"{s.tensor:{width}}  {s.max_delta:<9.3g}  {s.norm:<8.3g}  {s.survival:.1%}" for s in self.sites]
         names = ", ".join(f"{a.name} × {a.weight:g} ({a.base})" for a in self.adapters)
         size = f"{self.bytes:,} bytes, {self.changed_bytes:,} of them computed"
+        count = f"{len(self.sites)} tensor{'' if len(self.sites) == 1 else 's'}"
         return [
             *table,
             f"Merged {names}; head: {self.head or 'as the base has it'}.",
-            f"{len(self.sites)} tensor{'s' * (len(self.sites) != 1)} changed, {self.survival:.2%} of ΔW survived the rounding.",
+            f"{count} changed, {self.survival:.2%} of ΔW survived the rounding.",
             f"{self.out}: {len(self.files)} files, {size}, in {self.seconds:.2f} s.",
             *(f"Note: {note}" for note in self.notes),
         ]
