@@ -35,7 +35,7 @@ class Layout:
     Attributes:
         sites: (module, in, out) by row of the ``sites`` dimension.
         kinds: of slots.
-        heads: (module, in, out) of head slots, the one that gives the labels last.
+        heads: (module, in, out; 0 where unknown) of head slots, the one that gives the labels last.
         adapter_dtype: ``float16`` or ``float32``.
         guard: shape of the guard.
         base_head: the base's own head tensors by ``module.weight`` and ``module.bias``; empty without one.
@@ -80,7 +80,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
         if site not in table:
             raise AdapterMismatchError(
                 f"{adapter.source}: {module} has no slot in the graph; {len(table)} other modules have.",
-                hint=f"{near_misses(module, table)} Export again with --sites that covers it (attention, linear or a glob).",
+                hint=f"{near_misses(module, table)} Export again with --sites attention, linear or a glob.",
             )
         row, *shape = table[site]
         if tuple(shape) != delta.shape:
@@ -139,7 +139,9 @@ def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str
             for i, r in enumerate(own, 1):
                 bank[i, :, : r[f"{prefix}{part}"].shape[1]] = r[f"{prefix}{part}"]
             banks[f"{prefix}{part}"] = bank
-        banks[f"{prefix}scales"] = np.stack([np.zeros(len(layout.sites), np.float32), *(r[f"{prefix}scales"] for r in own)])
+        banks[f"{prefix}scales"] = np.stack(
+            [np.zeros(len(layout.sites), np.float32), *(r[f"{prefix}scales"] for r in own)]
+        )
     if "head" in layout.kinds and layout.heads:
         last = f"adapter_head.{layout.heads[-1][0]}.bias"
         own = [r for r in rows if last in r]
@@ -190,7 +192,7 @@ def onnxruntime() -> Any:
     except ImportError as error:
         raise DependencyError(
             f"onnxruntime is not installed ({error}).",
-            hint="Install exactly one of `ssh-deploy[cpu]` and `ssh-deploy[gpu]`: the two packages overwrite each other.",
+            hint="Install exactly one of `ssh-deploy[cpu]` and `ssh-deploy[gpu]`: they overwrite each other.",
         ) from error
     return ort
 
@@ -235,18 +237,28 @@ def _heads(adapter: Adapter, layout: Layout) -> Arrays:
         )
     arrays: Arrays = {}
     for module, n_in, n_out in layout.heads:
-        own = dict(adapter.replaced[module].tensors) if module in adapter.replaced else _base_head(adapter, module, layout)
+        own = (
+            dict(adapter.replaced[module].tensors)
+            if module in adapter.replaced
+            else _base_head(adapter, module, layout)
+        )
         weight = np.ascontiguousarray(own.pop("weight", np.zeros((0, 0))), dtype=np.float32)
         labels = module == layout.heads[-1][0]
-        if weight.ndim != 2 or weight.shape[1] != n_in or (not labels and weight.shape[0] != n_out) or not weight.size:
+        wanted = "labels" if labels or not n_out else n_out
+        if (
+            weight.ndim != 2
+            or weight.shape[1] != n_in
+            or (wanted != "labels" and weight.shape[0] != n_out)
+            or not weight.size
+        ):
             raise AdapterMismatchError(
-                f"{adapter.source}: head {module} is {list(weight.shape)}, the graph takes [{'labels' if labels else n_out}, {n_in}].",
+                f"{adapter.source}: head {module} is {list(weight.shape)}, the graph takes [{wanted}, {n_in}].",
                 hint="This head belongs to another base.",
             )
         bias = np.ascontiguousarray(own.pop("bias", np.zeros(weight.shape[0])), dtype=np.float32)
         if bias.shape != weight.shape[:1] or own:
             raise AdapterMismatchError(
-                f"{adapter.source}: head {module} has a bias {list(bias.shape)} and {sorted(own) or 'no other tensors'}.",
+                f"{adapter.source}: head {module}: bias {list(bias.shape)}, other tensors {sorted(own)}.",
                 hint="A head slot takes one weight and one bias of as many rows.",
             )
         arrays[f"adapter_head.{module}.weight"], arrays[f"adapter_head.{module}.bias"] = weight, bias
@@ -254,7 +266,11 @@ def _heads(adapter: Adapter, layout: Layout) -> Arrays:
 
 
 def _base_head(adapter: Adapter, module: str, layout: Layout) -> dict[str, NDArray[Any]]:
-    found = {part: layout.base_head[f"{module}.{part}"] for part in ("weight", "bias") if f"{module}.{part}" in layout.base_head}
+    found = {
+        part: layout.base_head[f"{module}.{part}"]
+        for part in ("weight", "bias")
+        if f"{module}.{part}" in layout.base_head
+    }
     if "weight" not in found:
         raise AdapterMismatchError(
             f"{adapter.source}: its head lacks {module}, and the base has none either.",

@@ -66,7 +66,12 @@ class Emitter:
         return Emitter(self._constants, f"{self._scope}/{name}")
 
     def when(
-        self, condition: ir.Value, then: Emitter, then_outputs: Sequence[ir.Value], other: Emitter, outputs: Sequence[ir.Value]
+        self,
+        condition: ir.Value,
+        then: Emitter,
+        then_outputs: Sequence[ir.Value],
+        other: Emitter,
+        outputs: Sequence[ir.Value],
     ) -> Sequence[ir.Value]:
         """Append ``If(condition)``; both branches give as many outputs of equal dtypes.
 
@@ -77,5 +82,6 @@ class Emitter:
             branches[key] = ir.Graph([], list(results), nodes=body.nodes, name=f"{self._scope}/{key}")
         made = self.ops("If", condition, outputs=len(outputs), **branches)
         for value, result in zip(made, then_outputs, strict=True):
-            value.dtype = result.dtype
+            if result.dtype is not None:
+                value.dtype = result.dtype
         return made

@@ -35,7 +35,9 @@ def model_places(adapter: Adapter, model: Any, config: Mapping[str, Any]) -> dic
     return match_modules(adapter.deltas, weighted_modules(model), config=config)
 
 
-def apply_adapter(model: Any, adapter: Adapter, places: Mapping[str, str], *, scale: float = 1.0, head: bool = True) -> None:
+def apply_adapter(
+    model: Any, adapter: Adapter, places: Mapping[str, str], *, scale: float = 1.0, head: bool = True
+) -> None:
     """Add every ΔW to the model's weights and put the adapter's heads in the place of the model's, in place.
 
     Args:
@@ -67,9 +69,9 @@ def rounded(adapter: Adapter, dtype: str) -> Adapter:
     deltas: dict[str, Delta] = {}
     for path, delta in adapter.deltas.items():
         if isinstance(delta, SpectralDelta):
-            values = delta.values.astype(np.dtype(dtype))
-            delta = SpectralDelta(delta.shape, delta.transform, delta.rows, delta.cols, values, delta.alpha, delta.norm)
-        deltas[path] = delta
+            deltas[path] = replace(delta, values=delta.values.astype(np.dtype(dtype)))
+        else:
+            deltas[path] = delta
     return replace(adapter, deltas=deltas)
 
 

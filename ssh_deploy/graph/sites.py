@@ -45,8 +45,10 @@ class Call:
 
     @property
     def activation(self) -> ir.Value:
-        """What it reads now: [batch, tokens, in], or [batch, tokens, heads, in/heads] before a Reshape that flattens
-        both, or [batch, in] when ``tokens`` is False."""
+        """What it reads now: [batch, tokens, in], or [batch, in] when ``tokens`` is False.
+
+        Before a Reshape that flattens tokens it may still be [batch, tokens, heads, in/heads].
+        """
         value = self.reader.inputs[0]
         assert value is not None
         return value
@@ -64,7 +66,13 @@ def find_calls(graph: ir.Graph, *, root: str = "model") -> list[Call]:
         if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
         weight, module = node.inputs[1], _module(node, root)
-        if weight is None or not weight.is_initializer() or weight.shape is None or len(weight.shape) != 2 or not module:
+        if (
+            weight is None
+            or not weight.is_initializer()
+            or weight.shape is None
+            or len(weight.shape) != 2
+            or not module
+        ):
             continue
         sides = [int(side) for side in weight.shape.numpy()]
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1

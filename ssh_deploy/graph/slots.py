@@ -49,8 +49,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Slotted:
-    """What was made: ``table``: (module, in, out) by row of the ``sites`` dimension; ``heads``: (module, in, out), the
-    one that gives the labels last."""
+    """What was made.
+
+    ``table``: (module, in, out) by row of the ``sites`` dimension; ``heads``: likewise, the one with the labels last.
+    """
 
     table: tuple[tuple[str, int, int], ...]
     heads: tuple[tuple[str, int, int], ...]
@@ -119,7 +121,9 @@ def _group_of(groups: Sequence[Sequence[Call]], table: Mapping[str, int]) -> lis
     return [found[row] for row in range(len(table))]
 
 
-def _input(graph: ir.Graph, name: str, dtype: ir.DataType, sides: Sequence[int | str], default: object, plan: Plan) -> ir.Value:
+def _input(
+    graph: ir.Graph, name: str, dtype: ir.DataType, sides: Sequence[int | str], default: object, plan: Plan
+) -> ir.Value:
     value = ir.Value(name=name, shape=ir.Shape(sides), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     if not plan.required:
@@ -129,7 +133,10 @@ def _input(graph: ir.Graph, name: str, dtype: ir.DataType, sides: Sequence[int |
 
 
 def _ids(graph: ir.Graph, emitter: Emitter, name: str, requests: str, batch: ir.Value, plan: Plan) -> ir.Value:
-    """The ids input ``name``, checked: one for the batch or one a row, never negative (Gather would count from the end)."""
+    """The ids input ``name``, one for the batch or one a row, int64 [batch].
+
+    Negative ids, which Gather would count from the end, are turned into ids beyond any bank.
+    """
     ids = _input(graph, name, ir.DataType.INT64, [requests], [0], plan)
     whole = emitter.op("Reshape", emitter.op("Expand", ids, batch), batch)
     beyond = emitter.const(np.iinfo(np.int64).max, np.int64)
@@ -171,7 +178,9 @@ def _head_inputs(graph: ir.Graph, calls: Sequence[Call], plan: Plan) -> dict[str
     for call in calls:
         labels = "labels" if call is calls[-1] else f"{call.module}.out"
         name, sides = f"adapter_head.{call.module}", ("head_adapters", labels)
-        weight = _input(graph, f"{name}.weight", ir.DataType.FLOAT, [*sides, call.inputs], np.zeros((1, 0, call.inputs)), plan)
+        weight = _input(
+            graph, f"{name}.weight", ir.DataType.FLOAT, [*sides, call.inputs], np.zeros((1, 0, call.inputs)), plan
+        )
         bias = _input(graph, f"{name}.bias", ir.DataType.FLOAT, sides, np.zeros((1, 0)), plan)
         found[call.module] = {"weight": weight, "bias": bias}
     return found
@@ -209,7 +218,7 @@ def _fill(
             users = list(result.uses())
             add = Emitter(constants, f"adapter/{bank.axis}/{call.module}/add")
             total = add.op("ScatterND", result, places, term, reduction="add")
-            total.shape, total.dtype = result.shape, result.dtype
+            total.shape, total.dtype = result.shape, ir.DataType.FLOAT
             producer = result.producer()
             assert producer is not None
             graph.insert_after(producer, add.nodes)
@@ -233,7 +242,7 @@ def _rename_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
         if value is old:
             name = old.name
             old.name = f"{name}/without_adapter"
-            new.name, new.shape, new.dtype = name, old.shape, old.dtype
+            new.name, new.shape = name, old.shape
             graph.outputs[i] = new
 
 

@@ -142,10 +142,12 @@ def trace_model(loaded: Loaded, *, opset: int = 20) -> Traced:
         GraphError: transformers or torch refuses, or the opset is none of `OPSETS`.
     """
     if opset not in OPSETS:
-        raise GraphError(f"Opset {opset} is not supported.", hint=f"Use {OPSETS[0]} to {OPSETS[-1]}; 20 is tested most.")
+        raise GraphError(
+            f"Opset {opset} is not supported.", hint=f"Use {OPSETS[0]} to {OPSETS[-1]}; 20 is tested most."
+        )
     model, task, missing = loaded.model, loaded.task, loaded.missing
     headless = bool(missing) and task.endswith("classification")
-    outputs = ("last_hidden_state",) if task == "feature-extraction" else ("logits",)
+    outputs: tuple[str, ...] = ("last_hidden_state",) if task == "feature-extraction" else ("logits",)
     if headless:
         outputs = (*outputs, "last_hidden_state")
     example = example_inputs(model)
@@ -250,7 +252,7 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Third parties' progress bars, warnings and log lines held back."""
-    from transformers.utils import logging as transformers_logging
+    transformers_logging: Any = importlib.import_module("transformers.utils.logging")
 
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export", "onnx_ir")]
     levels = [logger.level for logger in loggers]

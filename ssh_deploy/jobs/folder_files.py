@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from safetensors.numpy import save
 
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.checkpoints.index import Checkpoint, contained
-from ssh_deploy.errors import OutputError
+from ssh_deploy.errors import DeploymentError, OutputError
+from ssh_deploy.graph.bank_file import GUARD, PREFIXES, Layout
 
 DEPLOYMENT = "deployment.json"
 PROVENANCE = "provenance.json"
@@ -59,11 +60,36 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     _write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` whole or not at all.
+
+    Raises:
+        OutputError: cannot be written.
+    """
+    _write(path, text.encode())
+
+
+def require_digest(path: Path, sha256: str) -> None:
+    """Refuse a file of the folder whose bytes are not those that were exported.
+
+    Raises:
+        DeploymentError: with both digests.
+    """
+    found = file_sha256(path)
+    if found != sha256:
+        raise DeploymentError(
+            f"{path}: its sha256 is {found[:16]}…, {DEPLOYMENT} says {sha256[:16]}…: it was damaged or replaced.",
+            hint="Fetch the folder again, or `ssh-deploy remove` and `add` the adapter.",
+        )
+
+
 def write_samples(path: Path, fingerprint: Fingerprint) -> None:
     """Write the samples of a base: bf16 tensors by site, shapes and architecture in the metadata."""
     shapes = {name: list(site.shape) for name, site in fingerprint.sites.items()}
     metadata = {"architecture": fingerprint.architecture, "sites": json.dumps(shapes)}
-    _write(path, save({name: np.ascontiguousarray(s.values) for name, s in fingerprint.sites.items()}, metadata=metadata))
+    _write(
+        path, save({name: np.ascontiguousarray(s.values) for name, s in fingerprint.sites.items()}, metadata=metadata)
+    )
 
 
 def write_base_head(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -99,13 +125,17 @@ def versions() -> dict[str, str]:
     return found
 
 
-def base_name(checkpoint: Checkpoint, given: str) -> str:
-    """The base's public name: the hub id it was asked for by, its config's, or its folder's; never a local path."""
+def base_name(checkpoint: Checkpoint, given: str, adapters: Iterable[str | None]) -> str:
+    """The base's public name: the hub id it was asked for by, what all adapters call it, or its folder's name.
+
+    Never a local path, and not its config's ``_name_or_path``: that often names the model it was tuned from.
+    """
     if not Path(given).exists():
         return given
-    named = str(checkpoint.config.get("_name_or_path") or "")
-    if named and not Path(named).is_absolute() and not named.startswith("."):
-        return named
+    named = set(adapters)
+    name = next(iter(named)) if len(named) == 1 else None
+    if name and not Path(name).is_absolute() and not name.startswith((".", "~")) and "\\" not in name:
+        return name
     return checkpoint.folder.resolve().name
 
 
@@ -119,11 +149,16 @@ def model_card(deployment: Mapping[str, Any]) -> str:
     """README.md of the folder."""
     adapters = deployment["adapters"]
     rows = "\n".join(
-        f"| {name} | {entry['family']} | {entry['n']} | {', '.join(entry['labels']) or '–'} |" for name, entry in adapters.items()
+        f"| {name} | {entry['family']} | {entry['n']} | {', '.join(entry['labels']) or '–'} |"
+        for name, entry in adapters.items()
     )
     table = f"| adapter | family | n | labels |\n|---|---|---|---|\n{rows}\n" if adapters else "No adapters yet.\n"
     first = next(iter(adapters), "NAME")
-    slots = f"{len(deployment['sites'])} sites with slots for {', '.join(deployment['kinds'])}" if deployment["kinds"] else "no slots"
+    slots = (
+        f"{len(deployment['sites'])} sites with slots for {', '.join(deployment['kinds'])}"
+        if deployment["kinds"]
+        else "no slots"
+    )
     return f"""---
 library_name: onnx
 base_model: {deployment["base"]}
@@ -157,6 +192,24 @@ outputs = session.run(None, feeds, options)
 `deployment.json` lists sites, kinds of slots and adapters with their digests; `provenance.json` says what this was
 made from and how far it was from torch.
 """
+
+
+def no_adapter(layout: Layout) -> dict[str, NDArray[Any]]:
+    """What a graph whose adapter inputs have no defaults is fed with when there is no adapter."""
+    sites = len(layout.sites)
+    none: dict[str, NDArray[Any]] = {GUARD: np.zeros(layout.guard, np.uint8)}
+    for kind, prefix in PREFIXES.items():
+        if kind in layout.kinds:
+            none[f"{prefix}ids"] = np.zeros(1, np.int64)
+            none[f"{prefix}values"] = np.zeros((1, sites, 0), layout.adapter_dtype)
+            none[f"{prefix}scales"] = np.ones((1, sites), np.float32)
+            none[f"{prefix}rows"] = none[f"{prefix}cols"] = np.zeros((1, sites, 0), layout.place_dtype)
+    if "head" in layout.kinds:
+        none["adapter_head_ids"] = np.zeros(1, np.int64)
+        for module, n_in, _ in layout.heads:
+            none[f"adapter_head.{module}.weight"] = np.zeros((1, 0, n_in), np.float32)
+            none[f"adapter_head.{module}.bias"] = np.zeros((1, 0), np.float32)
+    return none
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -28,8 +28,7 @@ Outputs = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """``max_abs_diff`` over all outputs and shapes, ``spread`` of torch's outputs, ``effect`` of the adapter on the
-    outputs (None for the base)."""
+    """Over all shapes: ``max_abs_diff``, ``spread`` of torch's outputs, ``effect`` of the adapter (base: None)."""
 
     max_abs_diff: float
     spread: float
@@ -66,7 +65,11 @@ class Runner:
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def __call__(
-        self, inputs: Sequence[dict[str, Any]], *, adapter: Path | None = None, arrays: Mapping[str, NDArray[Any]] | None = None
+        self,
+        inputs: Sequence[dict[str, Any]],
+        *,
+        adapter: Path | None = None,
+        arrays: Mapping[str, NDArray[Any]] | None = None,
     ) -> list[Outputs]:
         """Answers to each of ``inputs``, with the adapter of a file or with arrays fed."""
         answers = []

@@ -37,7 +37,11 @@ def prepare(emitter: Emitter, inputs: Mapping[str, Mapping[str, ir.Value]], ids:
         ids: checked rows of the bank, int64 [batch].
     """
     sizes = [emitter.op("Size", parts["weight"]) for parts in inputs.values()]
-    total = sizes[0] if len(sizes) == 1 else emitter.op("Sum", *(emitter.op("Cast", s, to=ir.DataType.FLOAT) for s in sizes))
+    total = (
+        sizes[0]
+        if len(sizes) == 1
+        else emitter.op("Sum", *(emitter.op("Cast", s, to=ir.DataType.FLOAT) for s in sizes))
+    )
     kind = INT64 if len(sizes) == 1 else np.float32
     gate = emitter.op("Greater", total, emitter.const(0, kind))
     # outside the branch: ids beyond the bank are an error even when nothing is fed

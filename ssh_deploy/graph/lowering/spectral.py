@@ -91,7 +91,12 @@ def prepare(
     rows_end = then.op("Pad", rows, ends)
     cols = then.op("Pad", then.op("Cast", then.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32), ends)
     zero = _checked(then, rows_end, cols, shapes)
-    number = then.op("Range", then.const(0, INT32), then.op("Cast", then.op("Squeeze", batch), to=ir.DataType.INT32), then.const(1, INT32))
+    number = then.op(
+        "Range",
+        then.const(0, INT32),
+        then.op("Cast", then.op("Squeeze", batch), to=ir.DataType.INT32),
+        then.const(1, INT32),
+    )
     number = then.op("Add", then.op("Reshape", number, then.ints(-1, 1, 1)), zero)
     inner = np.array([shape[1] for shape in shapes], INT32).reshape(1, -1, 1)
     cols = then.op("Add", cols, then.op("Mul", number, then.const(inner, INT32)))
@@ -155,7 +160,9 @@ def _row_starts(
     return starts
 
 
-def contribution(emitter: Emitter, bank: SpectralBank, calls: Sequence[Call], table: Mapping[str, int]) -> list[ir.Value]:
+def contribution(
+    emitter: Emitter, bank: SpectralBank, calls: Sequence[Call], table: Mapping[str, int]
+) -> list[ir.Value]:
     """Emit, into the branch that runs when an adapter is there, what it adds to each of ``calls``.
 
     Args:

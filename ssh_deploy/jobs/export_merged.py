@@ -1,0 +1,112 @@
+"""Export without slots: ΔW added to the weights before the trace; one adapter, or several with weights and one head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ssh_deploy.checkpoints.sampling import fingerprint_of
+from ssh_deploy.errors import AdapterMismatchError, GraphError, UnknownNameError, near_misses
+from ssh_deploy.graph.bank_file import Layout
+from ssh_deploy.graph.patching import apply_adapter, label_count, model_places
+from ssh_deploy.graph.precision import store_half
+from ssh_deploy.graph.trace import Loaded, load_torch, trace_model
+from ssh_deploy.jobs import folder_files as files
+from ssh_deploy.jobs import validating
+from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
+from ssh_deploy.jobs.progress import Progress
+
+
+def export_merged(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, validating.Checked]]:
+    """Fill ``folder`` with the merged graph; returns its `deployment.json` and what the validation found.
+
+    Raises:
+        GraphError: the task needs a head that neither base nor adapter has.
+        VerificationError: the graph is not what torch answers.
+    """
+    import onnx_ir as ir
+
+    options, checkpoint = job.options, job.checkpoint
+    weights = options.weights or (1.0,)
+    source = _head_of(job)
+    loaded = load_torch(checkpoint, job.task)
+    adapter = job.fitted[source].adapter if source else None
+    if adapter is not None:
+        loaded = load_torch(checkpoint, job.task, labels=label_count(adapter, loaded.model))
+    before = validating.torch_outputs(loaded.model, validating.inputs_for(loaded.model), _names(job.task))
+    for (name, fitted), weight in zip(job.fitted.items(), weights, strict=True):
+        places = model_places(fitted.adapter, loaded.model, checkpoint.config)
+        apply_adapter(loaded.model, fitted.adapter, places, scale=weight, head=name == source)
+    left = loaded.missing - frozenset(adapter.replaced if adapter is not None else ())
+    loaded = Loaded(loaded.model, job.task, left)
+    check_missing(job, loaded)
+    if left and job.headed:
+        raise GraphError(
+            f"{', '.join(sorted(left)[:3])} of the head is neither in {checkpoint.folder} nor in the adapter.",
+            hint="Train with it in modules_to_save, or export with --task feature-extraction.",
+        )
+    traced = trace_model(loaded, opset=options.opset)
+    progress("export", 1, 4)
+    labels = list(adapter.labels) if adapter is not None and adapter.labels else list(traced.base_labels)
+    if options.dtype == "float16":
+        store_half(traced.graph)
+        round_weights(loaded.model)
+    ir.save(traced.graph, folder / files.MODEL, external_data=f"{files.MODEL}.data")
+    progress("export", 2, 4)
+    fingerprint = fingerprint_of(checkpoint, {p for f in job.fitted.values() for p in f.places.values()})
+    changes: dict[str, Any] = {"architectures": [type(loaded.model).__name__]}
+    if labels:
+        changes |= {
+            "id2label": {str(i): n for i, n in enumerate(labels)},
+            "label2id": {n: i for i, n in enumerate(labels)},
+        }
+    files.copy_companions(checkpoint, folder, changes)
+    files.write_samples(folder / files.FINGERPRINT, fingerprint)
+    layout = Layout((), (), (), options.adapter_dtype, (0, 0, 0), {})
+    deployment = describe(job, loaded, traced, layout, fingerprint.sha256, {})
+    if labels:
+        deployment["head"] = {
+            "module": None,
+            "in": traced.hidden,
+            "labels": len(labels),
+            "base_labels": labels,
+            "modules": [],
+        }
+    deployment["merged"] = [
+        {"name": name, "weight": weight, "source_digest": f.adapter.digest, "family": f.adapter.family}
+        for (name, f), weight in zip(job.fitted.items(), weights, strict=True)
+    ]
+    inputs = validating.inputs_for(loaded.model)
+    want = validating.torch_outputs(loaded.model, inputs, traced.outputs)
+    effect = validating.effect_of(want, before)
+    got = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
+    return deployment, {"+".join(job.fitted): validating.compare("merged", got, want, effect=effect)}
+
+
+def _names(task: str) -> tuple[str, ...]:
+    return ("last_hidden_state",) if task == "feature-extraction" else ("logits",)
+
+
+def _head_of(job: Job) -> str | None:
+    """Name of the adapter whose head the merged graph has.
+
+    Raises:
+        AdapterMismatchError: several have heads and none is chosen.
+        UnknownNameError: the chosen one is not there.
+    """
+    chosen = job.options.head
+    if not job.headed or chosen == "none":
+        return None
+    headed = [name for name, f in job.fitted.items() if f.adapter.replaced]
+    if chosen is not None:
+        if chosen not in headed:
+            raise UnknownNameError(
+                f"--head {chosen}: no adapter with a head goes by that.", hint=near_misses(chosen, headed)
+            )
+        return chosen
+    if len(headed) > 1:
+        raise AdapterMismatchError(
+            f"{', '.join(headed)} have heads of their own, and a merged graph has one.",
+            hint="Choose with --head NAME|none.",
+        )
+    return next(iter(headed), None)

@@ -1,0 +1,201 @@
+"""Torch with an adapter's ΔW in its weights against what was made of it: a merged checkpoint or an exported folder.
+
+The reference is the base in float32 plus the dense delta. An exported folder is run by plain onnxruntime: with the
+folder's own `.onnx_adapter` where it holds this adapter (by content digest), else with arrays made for its slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ssh_deploy.adapters.fitting import Fitted, fit
+from ssh_deploy.checkpoints.index import Checkpoint, open_checkpoint
+from ssh_deploy.errors import DeploymentError, VerificationError
+from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, rounded
+from ssh_deploy.graph.trace import CLASSES, example_inputs, load_torch, resolve_task
+from ssh_deploy.jobs import folder_files as files
+from ssh_deploy.jobs.folder_adapters import layout_of, rows_of
+from ssh_deploy.jobs.progress import Progress, silent
+from ssh_deploy.jobs.validating import Outputs, Runner, torch_outputs
+from ssh_deploy.runtimes.folder import contained, open_folder, read_json
+
+#: Largest difference allowed, as a share of the spread of torch's outputs (at least 1), by dtype of the target's
+#: weights: float32 is what kernels differ by; the halves carry 2⁻¹¹ and 2⁻⁸ of rounding through every layer.
+TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1e-1}
+#: (rows, tokens) of the built-in inputs.
+SHAPES = ((8, 6), (8, 16), (4, 33), (1, 9))
+_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``agreement``: share of rows (or tokens) with the same largest output; ``rows`` compared."""
+
+    ok: bool
+    max_abs_diff: float
+    agreement: float
+    rows: int
+    tolerance: float
+    target: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "ok": self.ok,
+            "max_abs_diff": self.max_abs_diff,
+            "agreement": self.agreement,
+            "rows": self.rows,
+            "tolerance": self.tolerance,
+            "target": self.target,
+        }
+
+
+def verify_target(
+    base: str | Path, adapter: str | Path, target: str | Path, *, texts: Sequence[str] = (), progress: Progress = silent
+) -> Verdict:
+    """Compare ``target`` with torch.
+
+    Args:
+        base: folder or hub id.
+        adapter: compact file or PEFT folder.
+        target: merged checkpoint, or exported folder (it holds deployment.json).
+        texts: to compare on; random token rows of several lengths without.
+        progress: told of every stage.
+
+    Raises:
+        DeployError: of any kind; numbers that differ are a `Verdict`, not an error.
+    """
+    checkpoint, target = open_checkpoint(base), Path(target)
+    fitted = fit(adapter, checkpoint)
+    exported = (target / files.DEPLOYMENT).exists()
+    if exported:
+        opened = open_folder(target)
+        task, kind, dtype = opened.task, "exported folder", _exported_dtype(target)
+    else:
+        merged = open_checkpoint(target)
+        task, kind, dtype = resolve_task(merged, "auto"), "merged checkpoint", _checkpoint_dtype(merged)
+    if task not in CLASSES:
+        raise DeploymentError(f"{target}: task {task!r} is unknown.", hint="Export it again with this release.")
+    progress("verify", 0, 3)
+    headed = task.endswith("classification")
+    model = load_torch(checkpoint, task).model
+    labels = label_count(fitted.adapter, model) if headed else None
+    if labels is not None:
+        model = load_torch(checkpoint, task, labels=labels).model
+    inputs = _text_inputs(checkpoint, model, texts) if texts else _example_rows(model)
+    names = ("logits",) if task != "feature-extraction" else ("last_hidden_state",)
+    held = _as_held(fitted, target) if exported else fitted.adapter
+    apply_adapter(model, held, model_places(held, model, checkpoint.config), head=headed)
+    progress("verify", 1, 3)
+    want = torch_outputs(model, inputs, names)
+    got = _exported(target, fitted, checkpoint, inputs, names) if exported else _merged(target, task, inputs, names)
+    progress("verify", 3, 3)
+    return _verdict(got, want, TOLERANCES[dtype], kind)
+
+
+def _verdict(got: Sequence[Outputs], want: Sequence[Outputs], share: float, target: str) -> Verdict:
+    worst, spread, same, places, rows = 0.0, 0.0, 0, 0, 0
+    for mine, theirs in zip(got, want, strict=True):
+        for name, right in theirs.items():
+            left = mine[name]
+            if left.shape != right.shape:
+                raise VerificationError(
+                    f"The target's {name} is {list(left.shape)}, torch's {list(right.shape)}.",
+                    hint="The target was made with another head or task.",
+                )
+            diff = np.abs(left.astype(np.float64) - right)
+            worst = max(worst, float(diff.max()) if np.isfinite(diff).all() else float("inf"))
+            spread = max(spread, float(np.ptp(right)))
+            agree = left.argmax(-1) == right.argmax(-1)
+            same, places, rows = same + int(agree.sum()), places + agree.size, rows + left.shape[0]
+    tolerance = share * max(1.0, spread)
+    return Verdict(worst <= tolerance, worst, same / max(places, 1), rows, tolerance, target)
+
+
+def _merged(target: Path, task: str, inputs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Outputs]:
+    loaded = load_torch(open_checkpoint(target), task)
+    unused = "pooler" if task == "feature-extraction" else "\0"
+    if any(unused not in module for module in loaded.missing):
+        raise VerificationError(
+            f"{target} has no weights for {', '.join(sorted(loaded.missing)[:3])}.",
+            hint="Merge again; its head is missing.",
+        )
+    return torch_outputs(loaded.model, inputs, names)
+
+
+def _exported(
+    target: Path, fitted: Fitted, checkpoint: Checkpoint, inputs: Sequence[dict[str, Any]], names: Sequence[str]
+) -> list[Outputs]:
+    deployment = read_json(target, files.DEPLOYMENT)
+    model = contained(target, files.MODEL)
+    if deployment.get("mode") == "merged":
+        return Runner(model, names)(inputs)
+    layout = layout_of(target, deployment)
+    required = files.no_adapter(layout) if deployment.get("adapter_inputs") == "required" else None
+    stored = [e for e in deployment["adapters"].values() if e.get("source_digest") == fitted.adapter.digest]
+    for entry in stored:
+        path = contained(target, entry["file"])
+        files.require_digest(path, entry["sha256"])
+        if required is None:
+            return Runner(model, names)(inputs, adapter=path)
+    rows = rows_of(fitted, layout, checkpoint, headless=not deployment["task"].endswith("classification"))
+    return Runner(model, names, required)(inputs, arrays={key: array[None] for key, array in rows.items()})
+
+
+def _as_held(fitted: Fitted, target: Path) -> Any:
+    """The adapter with values in the dtype in which the folder's graph holds them."""
+    deployment = read_json(target, files.DEPLOYMENT)
+    sidecar = deployment.get("mode") != "merged"
+    return rounded(fitted.adapter, str(deployment["adapter_dtype"])) if sidecar else fitted.adapter
+
+
+def _exported_dtype(target: Path) -> str:
+    return {"float16": "F16"}.get(str(read_json(target, files.DEPLOYMENT).get("dtype")), "F32")
+
+
+def _checkpoint_dtype(checkpoint: Checkpoint) -> str:
+    """The coarsest float dtype among the checkpoint's matrices."""
+    found = {checkpoint.dtype(f"{module}.weight") for module in checkpoint.modules()}
+    return next((code for code in ("BF16", "F16", "F32") if code in found), "F32")
+
+
+def _example_rows(model: Any) -> list[dict[str, Any]]:
+    limit = int(getattr(model.config, "max_position_embeddings", 0) or getattr(model.config, "n_positions", 0) or 64)
+    return [example_inputs(model, batch=b, length=min(n, limit - 2), seed=i) for i, (b, n) in enumerate(SHAPES)]
+
+
+def _text_inputs(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise VerificationError(
+            f"{checkpoint.folder}: no tokenizer ({str(error).splitlines()[0]}).", hint="Leave --texts out."
+        ) from error
+    wanted = set(example_inputs(model))
+    batches = []
+    for start in range(0, len(texts), _BATCH):
+        rows = tokenizer(list(texts[start : start + _BATCH]), padding=True, truncation=True, return_tensors="pt")
+        batches.append({name: tensor for name, tensor in rows.items() if name in wanted})
+    return batches
+
+
+def read_texts(path: Path) -> list[str]:
+    """Lines of a UTF-8 file, empty ones left out.
+
+    Raises:
+        VerificationError: not readable, not UTF-8, or empty.
+    """
+    try:
+        texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise VerificationError(f"{path}: cannot be read as UTF-8 text ({error}).", hint="One text a line.") from error
+    if not texts:
+        raise VerificationError(f"{path}: no text in it.", hint="One text a line.")
+    return texts
