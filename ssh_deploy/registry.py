@@ -8,8 +8,10 @@ Entry points are install metadata, so built-ins stand in a literal table and go 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from ssh_deploy.errors import RegistryError, near_misses
@@ -38,12 +40,18 @@ class Claim:
     package: str
 
 
+@cache
+def _points(read: Callable[..., Iterable[EntryPoint]], group: str) -> tuple[EntryPoint, ...]:
+    """Entry points of ``group``: read once, since it takes 9 ms and an adapter of 12 sites asks a hundred times."""
+    return tuple(read(group=group))
+
+
 def claims(group: str) -> dict[str, list[Claim]]:
     """All claims in a group, by name; nothing is imported."""
     found: dict[str, list[Claim]] = {}
     for name, target in _BUILT_IN.get(group, {}).items():
         found.setdefault(name, []).append(Claim(name, target, "ssh-deploy"))
-    for point in entry_points(group=group):
+    for point in _points(entry_points, group):
         package = point.dist.name if point.dist is not None else "unknown package"
         claim = Claim(point.name, point.value, package)
         if claim not in found.setdefault(point.name, []):
