@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def _spectral(adapter: Adapter, kind: str, deltas: Mapping[int, SpectralDelta], 
     return arrays
 
 
+@lru_cache(maxsize=64)
 def _order(axis: str, n: int) -> NDArray[np.int64]:
     return get_transform(axis).axis.two_stage(n).order
 

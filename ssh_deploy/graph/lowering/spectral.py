@@ -78,7 +78,8 @@ def prepare(
         shapes: (out, in) of every site.
         groups: (first, size) in the table of the group that each site belongs to.
     """
-    gate = emitter.op("Greater", emitter.op("Size", inputs["values"]), emitter.const(0, INT64))
+    # of the rows, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
+    gate = emitter.op("Greater", emitter.op("Size", inputs["rows"]), emitter.const(0, INT64))
     # outside the branch: ids beyond the bank are an error even when nothing is fed
     scales = emitter.op("Gather", inputs["scales"], ids, axis=0)
     then, other = emitter.branch("rows"), emitter.branch("none")
