@@ -95,10 +95,10 @@ def rows_of_adapter(
 
 
 def head_count(head: Rows, inputs: Mapping[str, Input]) -> int:
-    """Labels of a head's rows: the side that the graph leaves open; 0 without a head."""
+    """Labels of a head's rows: the side that the contract calls so; 0 without a head."""
     for name, array in head.items():
         for side, size in zip(inputs[name].shape[1:], array.shape, strict=False):
-            if isinstance(side, str):
+            if side == "labels":  # an inner layer of the head has an open side of its own
                 return int(size)
     return 0
 
@@ -160,6 +160,7 @@ def _two_stage_sides(axis: Axis, n: int) -> tuple[int, int]:
 
 
 def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, ...]) -> None:
+    """Refuse places that the graph would refuse at run time, where they would fail other rows' batches too."""
     for part, sides in (("rows", [s.out for s in sites]), ("cols", [s.inn for s in sites])):
         places = rows.get(f"{prefix}{part}")
         if places is None or places.ndim != 2 or places.shape[0] != len(sites):
@@ -170,5 +171,12 @@ def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, .
             raise AdapterMismatchError(
                 f"{path}: coefficient {k} of {sites[site].module} has {part[:-1]} {places[site, k]}, outside "
                 f"0…{sides[site] - 1}.",
+                hint="The file is damaged or forged.",
+            )
+        ascends = np.argwhere(places[:, 1:] > places[:, :-1])
+        if part == "rows" and ascends.size:
+            site, k = ascends[0]
+            raise AdapterMismatchError(
+                f"{path}: rows of {sites[site].module} ascend at coefficient {k + 1}; the contract has them descend.",
                 hint="The file is damaged or forged.",
             )

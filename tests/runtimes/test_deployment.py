@@ -121,6 +121,13 @@ def test_mixed_and_single_agree(tmp_path, adapters):
                 assert np.all(mixed[output][row][width:] == -np.inf)
 
 
+def test_threads_are_those_asked_for(tmp_path):
+    folder = make_folder(tmp_path / "out")
+    for threads in (1, 3):
+        options = Deployment.open(folder, threads=threads)._session._session.get_session_options()
+        assert options.intra_op_num_threads == threads
+
+
 def test_no_adapter_is_bit_identical_to_the_plain_run(tmp_path, adapters):
     import onnxruntime as ort
 
@@ -204,6 +211,8 @@ def test_lazy_loading_states_and_unloading(tmp_path, adapters):
         deployment.predict(["who"], "square")
     deployment.load("square")
     assert deployment.predict(["who"], "square")[0].labels == ("p", "q")
+    with pytest.raises(UnknownNameError, match="Did you mean square"):
+        deployment.predict(["who"], "sqare")
     deployment.unload("plain")
     with pytest.raises(UnknownNameError, match="no adapter 'plain'"):
         deployment.predict(["who"], ["plain"])
