@@ -26,5 +26,9 @@ def fingerprint_of(checkpoint: Checkpoint, modules: Iterable[str]) -> Fingerprin
     """
     config = checkpoint.config
     places = match_modules(modules, checkpoint.modules(), config=config)
-    sites = {canonical(path, config): sample(site_weight(checkpoint, path)) for path in places.values()}
+    sites = {}
+    for path in places.values():
+        sites[canonical(path, config)] = sample(site_weight(checkpoint, path))
+        # 256 single pages would do, but the kernel maps whole neighbourhoods: let them go before the next weight
+        checkpoint.shards[checkpoint.places[f"{path}.weight"]].forget()
     return Fingerprint(str(config.get("model_type", "")), sites)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -253,13 +253,12 @@ def _task(
         config = {**checkpoint.config, "tie_word_embeddings": False}
         return TaskHead(config, {name: name for name in checkpoint.names()}, ())
     adapter = owner.fitted.adapter if owner is not None else None
-    task = fit_head(
+    return fit_head(
         checkpoint,
         head,
         task=adapter.task if adapter is not None else "causal-lm",
         labels=adapter.labels if adapter is not None else (),
     )
-    return replace(task, config={**task.config, "tie_word_embeddings": False}) if untied else task
 
 
 def _shards(

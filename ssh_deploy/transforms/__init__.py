@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import cast
 
 from ssh_deploy import registry
@@ -10,6 +11,7 @@ from ssh_deploy.transforms.base import Transform
 GROUP = "ssh_deploy.transforms"
 
 
+@cache  # reading install metadata costs 5 ms; a delta asks twice
 def get_transform(name: str) -> Transform:
     """The transform that goes by ``name``: ``hartley``, ``hartley-joint`` or ``cosine``.
 
