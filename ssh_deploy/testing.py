@@ -269,7 +269,7 @@ _PICO: dict[str, tuple[str, dict[str, int]]] = {
         {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80, "vocab_size": 64, "max_position_embeddings": 64},
     ),
     "vit": ("ViT", {**_SIZES, "image_size": 32, "patch_size": 8}),
-    "gpt2": ("GPT2", {**_GPT2_SIZES, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 1}),
+    "gpt2": ("GPT2", {**_GPT2_SIZES, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}),
 }
 _HEADS = {
     "base": "Model",
