@@ -51,6 +51,19 @@ def test_numbers(tmp_path, transform):
         assert word in text
 
 
+def test_the_norm_of_places_that_meet_in_the_separable_basis(tmp_path):
+    """(0, v) of the joint transform expands into two terms at (0, v) and two at (0, −v): they add before the square."""
+    module = "bert.encoder.layer.0.output.dense"
+    adapter = random_adapter({module: (48, 80)}, n=3, transform="hartley-joint")
+    delta = adapter.deltas[module]
+    delta.rows[:], delta.cols[:] = (0, 24, 5), (7, 9, 0)
+    write_file(adapter, tmp_path / "a.safetensors", values_dtype=np.float32)
+    want = reference.delta(
+        delta.transform, delta.rows, delta.cols, delta.values, delta.shape, alpha=delta.alpha, norm=delta.norm
+    )
+    assert inspect_adapter(tmp_path / "a.safetensors").modules[0].norm == pytest.approx(np.linalg.norm(want), rel=1e-6)
+
+
 def test_against_bases(pico, tmp_path):
     fingerprint = fingerprint_of(open_checkpoint(pico("bert")), MODULES)
     path = stored(tmp_path, fingerprint=fingerprint)
