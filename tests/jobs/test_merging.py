@@ -333,6 +333,7 @@ def test_a_delta_on_a_tied_output_embedding_unties_it(pico, tmp_path):
     want = before.lm_head.weight.detach().numpy() + dense(adapter.deltas["lm_head"])
     np.testing.assert_allclose(merged.lm_head.weight.detach(), want, atol=1e-6)
     np.testing.assert_array_equal(merged.transformer.wte.weight.detach(), before.transformer.wte.weight.detach())
+    assert merged.config.tie_word_embeddings is False
     site = "transformer.h.0.attn.c_attn"
     np.testing.assert_allclose(
         weight_of(merged, site), weight_of(before, site) + dense(adapter.deltas[site]), atol=1e-6
@@ -350,6 +351,7 @@ def test_a_replaced_output_embedding_unties_it(pico, tmp_path):
         merged, info = AutoModelForCausalLM.from_pretrained(tmp_path / task, output_loading_info=True)
         assert info == CLEAN
         np.testing.assert_array_equal(merged.lm_head.weight.detach(), head["lm_head"]["weight"])
+        assert merged.config.tie_word_embeddings is False
         assert not np.array_equal(merged.transformer.wte.weight.detach(), head["lm_head"]["weight"])
 
 
@@ -368,6 +370,7 @@ def test_a_delta_on_an_output_embedding_stored_twice_unties_it(pico, tmp_path):
     want = tensors["lm_head.weight"] + dense(adapter.deltas["lm_head"])
     np.testing.assert_allclose(merged.lm_head.weight.detach(), want, atol=1e-6)
     np.testing.assert_array_equal(merged.transformer.wte.weight.detach(), tensors["transformer.wte.weight"])
+    assert merged.config.tie_word_embeddings is False
 
 
 def test_a_new_header_keeps_every_tensor_aligned(pico, tmp_path):
