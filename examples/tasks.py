@@ -98,8 +98,8 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
     """Each text once, trimmed, in the order of first sight; none with two labels, none empty or overlong."""
     first: dict[str, Row] = {}
     contradicted = set()
-    for text, label in rows:
-        text = " ".join(text.split())
+    for raw, label in rows:
+        text = " ".join(raw.split())
         key = normalised(text)
         if not text or len(text) > MAX_CHARACTERS:
             continue

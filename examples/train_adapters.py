@@ -13,7 +13,7 @@ JSON file run by run, and runs that stand there are not repeated, so an interrup
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -31,12 +31,13 @@ import torch
 import training
 import transformers
 from safetensors.numpy import load_file
+from tasks import NAMES, SPLIT_SEED, Task, load_task
+from training import MAX_TOKENS, Run
+
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.peft_folder import WEIGHTS, write_folder
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.fingerprint import Fingerprint, sample
-from tasks import NAMES, SPLIT_SEED, Task, load_task
-from training import MAX_TOKENS, Run
 
 HERE = Path(__file__).parent
 RATES = {"ssh": (0.06, 0.03), "lora": (2e-3, 1e-3)}
@@ -70,7 +71,9 @@ class Study:
         task = load_task(name)
         if not self.quick:
             return task
-        cut = {part: tuple(each[:64] for each in getattr(task, part)) for part in ("train", "validation", "test")}
+        cut: dict[str, Any] = {
+            part: tuple(each[:64] for each in getattr(task, part)) for part in ("train", "validation", "test")
+        }
         return replace(task, **cut)
 
 
@@ -83,7 +86,7 @@ class Ledger:
         if study.json.exists():
             self.record = json.loads(study.json.read_text())
         self.record |= {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "base": training.BASE_NAME,
             "quick": study.quick,
@@ -137,7 +140,9 @@ class Ledger:
 
 def chosen_rate(study: Study, ledger: Ledger, task: Task, method: str) -> float:
     """The rate that does best on the validation part with the first seed."""
-    tried = {rate: ledger.trained(study.run(task.name, method, rate, study.seeds[0]), task) for rate in study.rates(method)}
+    tried = {
+        rate: ledger.trained(study.run(task.name, method, rate, study.seeds[0]), task) for rate in study.rates(method)
+    }
     return max(tried, key=lambda rate: tried[rate]["validation"])
 
 
@@ -147,7 +152,9 @@ def export(study: Study, ledger: Ledger, task: Task, run: Run) -> dict[str, Any]
     sites = {module.removeprefix("bert."): module for module in adapter.deltas}
     weights = training.base_model(task.labels).state_dict()
     samples = {site: sample(weights[f"{module}.weight"].numpy()) for site, module in sites.items()}
-    adapter = replace(adapter, fingerprint=Fingerprint("bert", samples), source=Path(f"{task.name} of train_adapters.py"))
+    adapter = replace(
+        adapter, fingerprint=Fingerprint("bert", samples), source=Path(f"{task.name} of train_adapters.py")
+    )
     study.out.mkdir(parents=True, exist_ok=True)
     path = study.out / f"{task.name}.safetensors"
     write_file(adapter, path, values_dtype=np.float16, overwrite=True)
@@ -208,7 +215,9 @@ def ablate(study: Study, ledger: Ledger) -> None:
 
 def show(ledger: Ledger) -> None:
     """Print the tables."""
-    print(f"\n{'task':<10} {'method':<9} {'mean':>7}  {'each seed':<26} {'trained':>8} {'with head':>9} {'bytes f16':>9}")
+    print(
+        f"\n{'task':<10} {'method':<9} {'mean':>7}  {'each seed':<26} {'trained':>8} {'with head':>9} {'bytes f16':>9}"
+    )
     for name, row in ledger.record.get("tasks", {}).items():
         for method, title in (("ssh", "SSH"), ("lora", f"LoRA r={training.LORA_RANK}")):
             one = row[method]
@@ -251,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the study and print its tables."""
     study = parse(arguments)
     torch.set_num_threads(min(2, os.cpu_count() or 1))
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     ledger = Ledger(study)
     for name in study.tasks:  # a usable adapter of each task first, the comparison after
         task = study.load(name)

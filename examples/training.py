@@ -135,7 +135,7 @@ def train(run: Run, task: Task) -> tuple[Any, dict[str, Any]]:
         for rows in data.shuffled(rng):
             inputs, labels = data.batch(rows)
             loss = torch.nn.functional.cross_entropy(model(**inputs).logits, labels)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(rest + head, 1.0)
             optimizer.step()
             schedule.step()

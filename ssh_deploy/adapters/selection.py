@@ -21,7 +21,7 @@ BANDS = 3
 
 
 def select_by_energy(spectrum: NDArray[Any], n: int, *, delta: float, seed: Seed) -> Places:
-    """SSH's choice: the ``⌊δn⌋`` places of largest ``|spectrum|``, the rest uniformly from the others.
+    """The choice of SSH: the ``⌊δn⌋`` places of largest ``|spectrum|``, the rest uniformly from the others.
 
     Args:
         spectrum: real [M, N], the base weight's own transform.
@@ -41,7 +41,7 @@ def select_by_energy(spectrum: NDArray[Any], n: int, *, delta: float, seed: Seed
 
 
 def select_by_bands(spectrum: NDArray[Any], n: int, *, delta: float, seed: Seed) -> Places:
-    """sDCTFT's choice: a third of the places in each band of distance, in each the share δ by energy.
+    """The choice of sDCTFT: a third of the places in each band of distance, in each the share δ by energy.
 
     The distance of (u, v) from the constant term is ``√(u²+v²)``; bands end at a third and two thirds of
     ``d_max = √((M/2)²+(N/2)²)``, and the high band reaches to the far corner (M−1, N−1), beyond ``d_max``. Where n

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from peft import PeftConfig
-from ssh_deploy.transforms import get_transform
 
+from ssh_deploy.transforms import get_transform
 from ssh_deploy_train.peft_types import SDCTFT, SSH
 
 
@@ -56,10 +56,10 @@ class SpectralConfig(PeftConfig):
         Raises:
             ValueError: with the field, its value and what it may be.
         """
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         if isinstance(self.n_frequency, bool) or not isinstance(self.n_frequency, int) or self.n_frequency <= 0:
             raise ValueError(f"n_frequency is {self.n_frequency!r}; it must be a positive whole number.")
-        if isinstance(self.scaling, bool) or not isinstance(self.scaling, int | float) or not math.isfinite(self.scaling):
+        if not isinstance(self.scaling, int | float) or not math.isfinite(self.scaling):
             raise ValueError(f"scaling is {self.scaling!r}; it must be a finite number.")
         if self.transform not in self.transforms:
             raise ValueError(f"transform is {self.transform!r}; {self.peft_name()} knows {', '.join(self.transforms)}.")
@@ -72,11 +72,9 @@ class SpectralConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
         get_transform(self.transform)  # a broken or missing transform is reported now, not in the first forward
-        # PEFT compares and saves these as sets
-        self.target_modules = set(self.target_modules) if isinstance(self.target_modules, list) else self.target_modules  # type: ignore[assignment]
-        self.exclude_modules = (
-            set(self.exclude_modules) if isinstance(self.exclude_modules, list) else self.exclude_modules  # type: ignore[assignment]
-        )
+        for field_name in ("target_modules", "exclude_modules"):  # PEFT compares these as sets
+            if isinstance(names := getattr(self, field_name), list):
+                setattr(self, field_name, set(names))
 
     @classmethod
     def peft_name(cls) -> str:

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from ssh_deploy.adapters.selection import select_by_bands, select_by_energy
-from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.transforms import get_transform
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ssh_deploy.adapters.selection import select_by_bands, select_by_energy
+from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.transforms import get_transform
 from ssh_deploy_train.config import SpectralConfig
 from ssh_deploy_train.sparse import Plan, apply_spectrum
 
@@ -73,13 +73,14 @@ class SSHLayer(BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _places(self, config: SpectralConfig, seed: tuple[int, int]) -> tuple[Any, Any]:
-        weight = self.get_base_layer().weight
+        base: Any = self.get_base_layer()
+        weight = base.weight
         if config.inference_mode or weight.device.type == "meta":
             # About to be overwritten by a file's places: distinct and inside, and no spectrum is computed for them.
             rows, cols = np.divmod(np.arange(config.n_frequency), self.in_features)
             return rows, cols
         dense = weight.detach().to("cpu", torch.float64).numpy()
-        spectrum = get_transform(config.transform).analyze(dense.T if isinstance(self.get_base_layer(), Conv1D) else dense)
+        spectrum = get_transform(config.transform).analyze(dense.T if isinstance(base, Conv1D) else dense)
         select = select_by_bands if config.norm == "ortho" else select_by_energy
         return select(spectrum, config.n_frequency, delta=config.delta_ratio, seed=seed)
 
@@ -147,7 +148,7 @@ class SSHLinear(nn.Module, SSHLayer):
 
     @torch.no_grad()
     def _shift(self, name: str, scale: float, *, safe: bool) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         stored = base.weight.data.T if isinstance(base, Conv1D) else base.weight.data
         shifted = self.spectral_delta(name).add_to(stored.clone(), scale=scale)
         if safe and not torch.isfinite(shifted).all():

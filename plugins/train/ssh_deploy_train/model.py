@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -24,35 +24,39 @@ class SSHModel(BaseTuner):
 
     prefix = "ssh_"
     tuner_layer_cls = SSHLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = cast("dict[str, list[str]]", TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
-    def _prepare_adapter_config(self, peft_config: SpectralConfig, model_config: dict[str, Any]) -> SpectralConfig:
-        prepared: SpectralConfig = super()._prepare_adapter_config(peft_config, model_config)
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        prepared: SpectralConfig = super()._prepare_adapter_config(peft_config, model_config)  # type: ignore[assignment]
         prepared.labels = prepared.labels or _label_names(model_config)
         return prepared
 
     def _create_and_replace(
         self,
-        peft_config: SpectralConfig,
+        peft_config: Any,  # a SpectralConfig
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> None:
         # Every module draws its own random places; the path, not the order of visiting, decides which.
         seed = (peft_config.seed, zlib.crc32(current_key.encode()))
+        layer: SSHLayer
         if isinstance(target, SSHLayer):
-            target.update_layer(adapter_name, peft_config, key=current_key, seed=seed)
             layer = target
+            layer.update_layer(adapter_name, peft_config, key=current_key, seed=seed)
         else:
             if isinstance(target, BaseTunerLayer):
-                raise TypeError(f"{current_key} already carries a {type(target).__name__}; PEFT methods do not nest here.")
-            layer = SSHLinear(target, adapter_name, peft_config, key=current_key, seed=seed)
+                raise TypeError(
+                    f"{current_key} already carries a {type(target).__name__}; PEFT methods do not nest here."
+                )
+            layer = made = SSHLinear(target, adapter_name, peft_config, key=current_key, seed=seed)
             if adapter_name not in self.active_adapters:  # an adapter that is only added does not train
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+                made.requires_grad_(False)
+            self._replace_module(parent, target_name, made, target)
         peft_config.module_shapes = {
             **(peft_config.module_shapes or {}),
             current_key: [layer.out_features, layer.in_features],
@@ -96,7 +100,7 @@ def _give_names(module: nn.Module, args: Any, kwargs: dict[str, Any], *, adapter
 
 
 def _label_names(model_config: dict[str, Any]) -> list[str] | None:
-    """Names of ``id2label`` in order, or None where they are transformers' own LABEL_0 …"""
+    """Names of ``id2label`` in order, or None where they are transformers' own ``LABEL_0``, …."""
     table = {int(i): str(name) for i, name in (model_config.get("id2label") or {}).items()}
     names = [table[i] for i in sorted(table)]
     return None if not names or all(name == f"LABEL_{i}" for i, name in enumerate(names)) else names

@@ -25,11 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ssh_deploy.transforms import get_transform
-from ssh_deploy.transforms.base import Axis
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
+
+from ssh_deploy.transforms import get_transform
+from ssh_deploy.transforms.base import Axis
 
 _CHUNK = 64  # coefficients whose rows are gathered at a time for ∂s: 64·T numbers instead of n·T
 
@@ -83,15 +84,14 @@ class Plan:
         rows, cols = indices.cpu().numpy().astype(np.int64)
         # Expansions change signs only, so the numbers 1…n come out as which coefficient it was, and its sign.
         numbered = get_transform(transform).separable(rows, cols, np.arange(1, rows.size + 1), shape)
-        to = {"device": device}
         return Plan(
             shape=shape,
             axis=get_transform(transform).axis,
             gain=gain,
-            source=torch.from_numpy(np.abs(numbered.values) - 1).to(**to),
-            sign=torch.from_numpy(np.sign(numbered.values) * numbered.factor).to(**to),
-            rows=torch.from_numpy(numbered.rows).to(**to),
-            cols=torch.from_numpy(numbered.cols).to(**to),
+            source=torch.from_numpy(np.abs(numbered.values) - 1).to(device),
+            sign=torch.from_numpy(np.sign(numbered.values) * numbered.factor).to(device),
+            rows=torch.from_numpy(numbered.rows).to(device),
+            cols=torch.from_numpy(numbered.cols).to(device),
             by_rows=_compress(numbered.rows, numbered.cols, shape[0], device),
             by_cols=_compress(numbered.cols, numbered.rows, shape[1], device),
         )
@@ -123,7 +123,7 @@ class _Apply(torch.autograd.Function):
         return _synthesise(plan.axis, y).reshape(*x.shape[:-1], plan.shape[0])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, spectrum = ctx.saved_tensors
         plan: Plan = ctx.plan
@@ -165,7 +165,7 @@ def _synthesise(axis: Axis, columns: Tensor) -> Tensor:
 
 
 def _threads(columns: Tensor) -> int:
-    """One below a million numbers: a second thread gains nothing there, and waits for torch's own when cores are busy."""
+    """One below a million numbers: a second gains nothing there, and waits for torch's own when cores are busy."""
     return torch.get_num_threads() if columns.numel() > 1 << 20 else 1
 
 

@@ -14,10 +14,11 @@ import torch
 from peft import PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.numpy import load_file
-from ssh_deploy.adapters.reading import read_adapter
-from ssh_deploy.transforms import reference
 from ssh_deploy_train import SDCTFTConfig, SSHConfig, SSHLayer
 from torch import nn
+
+from ssh_deploy.adapters.reading import read_adapter
+from ssh_deploy.transforms import reference
 
 # PEFT 0.21 still asks transformers 5 for the old name of a property.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -289,7 +290,9 @@ def test_places_loaded_over_used_ones_are_used(two_layers, tmp_path):
 
 
 def test_the_core_reads_what_is_saved(two_layers, tmp_path):
-    model = adapted(two_layers(), modules_to_save=["head"], scaling=12.5, delta_ratio=0.5, seed=4, labels=["a", "b", "c"])
+    model = adapted(
+        two_layers(), modules_to_save=["head"], scaling=12.5, delta_ratio=0.5, seed=4, labels=["a", "b", "c"]
+    )
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "SSH"
@@ -486,7 +489,9 @@ def pico_bert():
     def make(names):
         torch.manual_seed(0)
         sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
-        labels = {"num_labels": 3} if names is None else {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+        labels = (
+            {"num_labels": 3} if names is None else {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+        )
         return BertForSequenceClassification(BertConfig(**sizes, vocab_size=64, **labels)).eval()
 
     return make
@@ -527,7 +532,9 @@ def test_adapter_names_in_beam_search():
 
     torch.manual_seed(0)
     config = GPT2Config(n_embd=48, n_layer=1, n_head=4, n_positions=64, vocab_size=64, bos_token_id=2, eos_token_id=3)
-    model = get_peft_model(GPT2LMHeadModel(config), SSHConfig(n_frequency=60, target_modules=["c_attn"]), adapter_name="a")
+    model = get_peft_model(
+        GPT2LMHeadModel(config), SSHConfig(n_frequency=60, target_modules=["c_attn"]), adapter_name="a"
+    )
     with torch.no_grad():
         for layer in layers(model):
             layer.ssh_spectrum["a"].normal_(std=5.0)

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from ssh_deploy.transforms import reference
 from ssh_deploy_train.sparse import Plan, apply_spectrum
+
+from ssh_deploy.transforms import reference
 
 SHAPES = [(8, 8), (12, 20), (7, 13), (1, 9), (9, 1), (1, 1), (32, 48)]
 KINDS = [("hartley", "backward"), ("hartley-joint", "backward"), ("cosine", "ortho")]
@@ -19,9 +20,9 @@ def example(shape, transform, norm, n=11, alpha=3.0):
     indices = torch.from_numpy(np.stack([rows, cols]).astype(np.int32))
     plan = Plan.make(indices, shape=shape, transform=transform, gain=gain)
     dense = reference.delta(transform, rows, cols, values, shape, alpha=alpha, norm=norm)
-    basis = np.stack([
-        alpha * reference.basis(transform, u, v, shape, norm=norm) for u, v in zip(rows, cols, strict=True)
-    ])
+    basis = np.stack(
+        [alpha * reference.basis(transform, u, v, shape, norm=norm) for u, v in zip(rows, cols, strict=True)]
+    )
     return plan, torch.from_numpy(values), torch.from_numpy(dense), torch.from_numpy(basis)
 
 
