@@ -52,11 +52,11 @@ def test_numbers(tmp_path, transform):
 
 
 def test_the_norm_of_places_that_meet_in_the_separable_basis(tmp_path):
-    """(0, v) of the joint transform expands into two terms at (0, v) and two at (0, −v): they add before the square."""
+    """Joint coefficients at (0, v), (M/2, v), and at (u, v) with (−u, v), share separable terms and stay orthonormal."""
     module = "bert.encoder.layer.0.output.dense"
-    adapter = random_adapter({module: (48, 80)}, n=3, transform="hartley-joint")
+    adapter = random_adapter({module: (48, 80)}, n=4, transform="hartley-joint")
     delta = adapter.deltas[module]
-    delta.rows[:], delta.cols[:] = (0, 24, 5), (7, 9, 0)
+    delta.rows[:], delta.cols[:] = (0, 24, 5, 43), (7, 9, 6, 6)
     write_file(adapter, tmp_path / "a.safetensors", values_dtype=np.float32)
     want = reference.delta(
         delta.transform, delta.rows, delta.cols, delta.values, delta.shape, alpha=delta.alpha, norm=delta.norm
