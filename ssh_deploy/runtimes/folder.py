@@ -149,7 +149,8 @@ def open_folder(path: str | Path) -> Folder:
         sites=_sites(root, _list(root, fields, "sites", dict)),
         orders=_orders(root, _field(root, fields, "orders", dict)),
         kinds=tuple(_list(root, fields, "kinds", str)),
-        head=None if head is None else _field(root, head, "module", str),
+        # a merged graph has its head inside: it names labels and no module with slots
+        head=None if head is None or head.get("module") is None else _field(root, head, "module", str),
         labels=() if head is None else _labels(root, head),
         required=_field(root, fields, "adapter_inputs", str) == "required",
         padding=_typed(root, "padding", fields.get("padding") or {}, dict),
