@@ -95,7 +95,7 @@ def describe(
         "base": job.base,
         "fingerprint": fingerprint,
         "architecture": str(job.checkpoint.config.get("model_type", "")),
-        "guard": list(layout.guard) if any(layout.guard) else None,  # a merged graph takes no adapters
+        "guard": list(layout.guard) if layout.kinds else None,  # a graph without slots carries none
         "task": job.task,
         "opset": job.options.opset,
         "adapter_dtype": job.options.adapter_dtype,
