@@ -48,3 +48,18 @@ def pico(tmp_path_factory):
 def command(request):
     """Name of the installed command."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def exported(pico, tmp_path_factory):
+    """``exported(architecture)``: (base, {name: adapter file}, exported folder) of a pico model, made once; read only."""
+    from exported_folders import export_pico
+
+    made = {}
+
+    def make(architecture):
+        if architecture not in made:
+            made[architecture] = export_pico(pico, architecture, tmp_path_factory.mktemp(f"exported-{architecture}"))
+        return made[architecture]
+
+    return make

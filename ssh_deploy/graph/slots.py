@@ -241,7 +241,7 @@ def _rename_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     for i, value in enumerate(graph.outputs):
         if value is old:
             name = old.name
-            old.name = f"{name}/without_adapter"
+            old.name = f"{new.name}/before"
             new.name, new.shape = name, old.shape
             graph.outputs[i] = new
 

@@ -1,0 +1,274 @@
+"""The transform sub-graph against the plain sums of `reference.py`, on graphs of one or few MatMuls, without torch."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ssh_deploy.errors import GraphError, SlotError
+from ssh_deploy.graph.bank_file import Layout, adapter_rows, stack_rows
+from ssh_deploy.graph.lowering.spectral import differenced
+from ssh_deploy.graph.sites import by_module, find_calls
+from ssh_deploy.graph.slots import Plan, add_slots
+from ssh_deploy.testing import random_adapter
+from ssh_deploy.transforms import get_transform, reference
+
+GUARD = (3, 0, 5)
+
+
+def tensor(name, array):
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=ir.tensor(array, name=name))
+    value.dtype = ir.DataType.from_numpy(array.dtype)
+    return value
+
+
+def graph_of(weights, *, bias=False):
+    """Linear layers {module: W [out, in]} that read one input x [batch, sequence, in]; outputs in order."""
+    n_in = next(iter(weights.values())).shape[1]
+    x = ir.Value(name="x", shape=ir.Shape(["batch", "sequence", n_in]), type=ir.TensorType(ir.DataType.FLOAT))
+    nodes, outputs, constants = [], [], []
+    for module, weight in weights.items():
+        scopes = {"pkg.torch.onnx.name_scopes": str(["", "model", f"model.{module}", "linear"])}
+        constants.append(tensor(f"{module}.w", np.ascontiguousarray(weight.T)))
+        node = ir.node("MatMul", [x, constants[-1]], metadata_props=scopes, name=module)
+        nodes.append(node)
+        if bias:
+            constants.append(tensor(f"{module}.b", np.arange(weight.shape[0], dtype=np.float32)))
+            nodes.append(ir.node("Add", [node.outputs[0], constants[-1]], name=f"{module}.add"))
+        out = nodes[-1].outputs[0]
+        node.outputs[0].name = f"{module}.product"
+        node.outputs[0].shape = ir.Shape(["batch", "sequence", weight.shape[0]])
+        out.name, out.shape = f"{module}.y", ir.Shape(["batch", "sequence", weight.shape[0]])
+        node.outputs[0].dtype = out.dtype = ir.DataType.FLOAT
+        outputs.append(out)
+    graph = ir.Graph([x], outputs, nodes=nodes, initializers=constants, opset_imports={"": 20}, name="test")
+    return ir.Model(graph, ir_version=10)
+
+
+def session_of(model, *, threads=2):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+class Case:
+    """A graph with slots on all its layers, beside the same graph without."""
+
+    def __init__(self, weights, *, kinds=("hartley",), dtype="float16", bias=False, threads=2):
+        self.weights = weights
+        self.plain = session_of(graph_of(weights, bias=bias), threads=threads)
+        model = graph_of(weights, bias=bias)
+        slotted = add_slots(model, Plan(tuple(weights), kinds, (), frozenset(), dtype))
+        self.layout = Layout(slotted.table, kinds, (), dtype, GUARD, {})
+        self.slots = session_of(model, threads=threads)
+
+    def adapter(self, seed, n=12, transform="hartley", alpha=None):
+        shapes = {m: w.shape for m, w in self.weights.items()}
+        size = 1.0 if transform == "cosine" else 10.0
+        return random_adapter(shapes, n=n, transform=transform, alpha=alpha or size, seed=seed)
+
+    def rows(self, adapter):
+        return adapter_rows(adapter, self.layout, {m: m for m in self.weights})
+
+    def feeds(self, adapter):
+        return {key: array[None] for key, array in self.rows(adapter).items()}
+
+    def run(self, x, **feeds):
+        return self.slots.run(None, {"x": x, **feeds})
+
+    def want(self, adapter, x, *, dtype=np.float16):
+        """Plain answers plus x ΔWᵀ, ΔW from the definition in float64."""
+        answers = []
+        for (module, delta), plain in zip(adapter.deltas.items(), self.plain.run(None, {"x": x}), strict=True):
+            values = delta.values.astype(dtype).astype(np.float64)
+            dense = reference.delta(
+                delta.transform, delta.rows, delta.cols, values, delta.shape, alpha=delta.alpha, norm=delta.norm
+            )
+            assert dense.shape == self.weights[module].shape
+            answers.append(plain + x @ dense.T)
+        return answers
+
+
+def layer(n_out, n_in, seed=0):
+    return np.random.default_rng(seed).normal(size=(n_out, n_in)).astype(np.float32)
+
+
+def tokens(case, batch, length, seed=1):
+    n_in = next(iter(case.weights.values())).shape[1]
+    return np.random.default_rng(seed).normal(size=(batch, length, n_in)).astype(np.float32)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    n_out=st.sampled_from([1, 2, 7, 13, 24, 31, 36, 64]),
+    n_in=st.sampled_from([1, 2, 5, 12, 17, 24, 49, 96]),
+    transform=st.sampled_from(["hartley", "hartley-joint", "cosine"]),
+    dtype=st.sampled_from(["float16", "float32"]),
+    n=st.integers(1, 40),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 6),
+)
+def test_any_shape_is_the_definition(n_out, n_in, transform, dtype, n, batch, length):
+    kind = "cosine" if transform == "cosine" else "hartley"
+    case = Case({"a": layer(n_out, n_in)}, kinds=(kind,), dtype=dtype)
+    adapter = case.adapter(n, n=n, transform=transform)
+    x = tokens(case, batch, length)
+    for got, want in zip(case.run(x, **case.feeds(adapter)), case.want(adapter, x, dtype=dtype), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * max(1.0, float(np.abs(want).max())))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_without_an_adapter_every_bit_is_the_plain_graphs(bias):
+    case = Case({"q": layer(24, 36), "k": layer(12, 36, 1)}, kinds=("hartley", "cosine"), bias=bias)
+    for batch, length in ((1, 1), (2, 5), (4, 3)):
+        x = tokens(case, batch, length)
+        x[0, 0] = -0.0
+        for got, want in zip(case.run(x), case.plain.run(None, {"x": x}), strict=True):
+            assert got.tobytes() == want.tobytes()
+
+
+def test_layers_of_different_widths_share_one_activation():
+    case = Case({"q": layer(24, 36), "k": layer(12, 36, 1), "v": layer(12, 36, 2), "g": layer(24, 36, 3)}, bias=True)
+    adapter = case.adapter(3)
+    x = tokens(case, 3, 4)
+    for got, want in zip(case.run(x, **case.feeds(adapter)), case.want(adapter, x), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
+
+
+def test_both_transforms_in_one_graph_add_up():
+    case = Case({"q": layer(24, 36)}, kinds=("hartley", "cosine"))
+    one, two = case.adapter(1), case.adapter(2, transform="cosine")
+    x = tokens(case, 2, 3)
+    got = case.run(x, **case.feeds(one), **case.feeds(two))[0]
+    plain = case.plain.run(None, {"x": x})[0]
+    want = case.want(one, x)[0] + case.want(two, x)[0] - plain
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
+
+
+def test_rows_of_a_mixed_batch_are_single_runs():
+    case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)})
+    adapters = [case.adapter(1), case.adapter(2, n=30), case.adapter(3, n=5, transform="hartley-joint")]
+    banks, ids = stack_rows([case.rows(a) for a in adapters], case.layout)
+    assert ids == {"adapter_ids": [1, 2, 3]}
+    x = tokens(case, 5, 4)
+    picked = np.array([2, 0, 3, 1, 2])
+    mixed = case.run(x, **banks, adapter_ids=picked)
+    for row, number in enumerate(picked):
+        alone = case.run(x[row : row + 1], **(case.feeds(adapters[number - 1]) if number else {}))
+        for got, want in zip(mixed, alone, strict=True):
+            np.testing.assert_allclose(got[row : row + 1], want, rtol=0, atol=1e-5)
+        if not number:
+            assert all(np.array_equal(a[row : row + 1], b) for a, b in zip(mixed, alone, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_one_id_serves_the_whole_batch(batch):
+    case = Case({"q": layer(24, 36)})
+    adapters = [case.adapter(1), case.adapter(2)]
+    banks, _ = stack_rows([case.rows(a) for a in adapters], case.layout)
+    x = tokens(case, batch, 3)
+    got = case.run(x, **banks, adapter_ids=np.array([2]))
+    np.testing.assert_allclose(got[0], case.want(adapters[1], x)[0], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("ids", [[-1], [3], [0, 1, 2], [0, -1], [1, 3], [0, 1, 2, 0]])
+@pytest.mark.parametrize("fed", [True, False])
+def test_wrong_ids_end_in_an_error_and_never_in_an_answer(ids, fed):
+    case = Case({"q": layer(24, 36)})
+    banks, _ = stack_rows([case.rows(case.adapter(1)), case.rows(case.adapter(2))], case.layout)
+    with pytest.raises(Exception, match=r"out of (data )?bounds|invalid expand shape|Reshape"):
+        case.run(tokens(case, 2, 3), **(banks if fed else {}), adapter_ids=np.array(ids))
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("rows", lambda a: a[..., ::-1].copy()),  # ascending: prefix sums would be read at the wrong ends
+        ("rows", lambda a: np.where(np.arange(a.shape[-1]) == 0, 24, a).astype(a.dtype)),  # beyond the weight
+        ("cols", lambda a: np.where(np.arange(a.shape[-1]) == 0, 36, a).astype(a.dtype)),
+    ],
+)
+def test_misplaced_coefficients_end_in_an_error(part, change):
+    case = Case({"q": layer(24, 36)})
+    feeds = case.feeds(case.adapter(1))
+    case.run(tokens(case, 2, 3), **feeds)
+    with pytest.raises(Exception, match="out of data bounds"):
+        case.run(tokens(case, 2, 3), **{**feeds, f"adapter_{part}": change(feeds[f"adapter_{part}"])})
+
+
+def test_many_coefficients_on_few_rows_lose_nothing_on_many_threads():
+    """What ScatterND(add) gets wrong in every run: threads that add to one row."""
+    case = Case({"q": layer(64, 64)}, threads=4)
+    adapter = case.adapter(1, n=3 * 64)
+    delta = adapter.deltas["q"]
+    crowded = np.divmod(np.arange(3 * 64), 64)  # three full rows
+    object.__setattr__(delta, "rows", crowded[0].astype(np.uint16))
+    object.__setattr__(delta, "cols", crowded[1].astype(np.uint16))
+    x = tokens(case, 16, 64)
+    want = case.want(adapter, x)[0]
+    first = case.run(x, **case.feeds(adapter))[0]
+    np.testing.assert_allclose(first, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
+    for _ in range(20):
+        assert case.run(x, **case.feeds(adapter))[0].tobytes() == first.tobytes()
+
+
+def test_other_rows_change_no_bit_of_a_row():
+    case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)})
+    banks, _ = stack_rows([case.rows(case.adapter(s, n=20)) for s in (1, 2)], case.layout)
+    x = tokens(case, 3, 5)
+    before = case.run(x, **banks, adapter_ids=np.array([1, 2, 0]))
+    other = np.concatenate([x[:1], tokens(case, 2, 5, seed=9)])
+    after = case.run(other, **banks, adapter_ids=np.array([1, 0, 2]))
+    assert all(a[0].tobytes() == b[0].tobytes() for a, b in zip(before, after, strict=True))
+
+
+def test_scales_are_multiplied_in_float32():
+    case = Case({"q": np.zeros((24, 36), np.float32)})
+    adapter = case.adapter(1, alpha=1e-7)  # α folded into float16 values would vanish
+    feeds = case.feeds(adapter)
+    assert feeds["adapter_scales"].dtype == np.float32
+    x = tokens(case, 1, 2)
+    want = case.want(adapter, x)[0]
+    assert np.abs(want).max() > 0
+    np.testing.assert_allclose(case.run(x, **feeds)[0], want, rtol=0, atol=1e-5 * float(np.abs(want).max()))
+
+
+@pytest.mark.parametrize("name", ["hartley", "cosine"])
+@pytest.mark.parametrize("n", [1, 7, 12, 24, 96])
+def test_differenced_factor_takes_prefix_sums(name, n):
+    stages = get_transform(name).axis.two_stage(n)
+    rows = np.random.default_rng(0).normal(size=(stages.p, stages.q))
+    from_above = np.append(np.cumsum(rows.reshape(-1)[::-1])[::-1], 0.0)  # P[u] = Σ of rows ≥ u
+    windows = np.stack([from_above[k * stages.q : (k + 1) * stages.q + 1] for k in range(stages.p)])
+    want = np.einsum("kij,ki->kj", stages.second, rows)
+    np.testing.assert_allclose(np.einsum("kji,ki->kj", differenced(stages), windows), want, atol=1e-9)
+
+
+def test_unknown_module_lists_the_near_misses():
+    with pytest.raises(SlotError, match=r"(?s)'layer.qury'.*Did you mean layer.query"):
+        add_slots(graph_of({"layer.query": layer(4, 4)}), Plan(("layer.qury",), ("hartley",), (), frozenset()))
+
+
+def test_slots_go_in_once():
+    model = graph_of({"q": layer(4, 4)})
+    plan = Plan(("q",), ("hartley",), (), frozenset())
+    add_slots(model, plan)
+    with pytest.raises(GraphError, match="has adapter inputs already"):
+        add_slots(model, plan)
+
+
+def test_fixed_batch_is_refused():
+    model = graph_of({"q": layer(4, 4)})
+    model.graph.inputs[0].shape = ir.Shape([2, "sequence", 4])
+    with pytest.raises(SlotError, match=r"shape \[2,sequence,4\]"):
+        add_slots(model, Plan(("q",), ("hartley",), (), frozenset()))
+
+
+def test_scores_between_activations_are_no_sites():
+    model = graph_of({"q": layer(4, 4)})
+    x = model.graph.inputs[0]
+    scopes = {"pkg.torch.onnx.name_scopes": str(["", "model", "model.q", "matmul"])}
+    model.graph.append(ir.node("MatMul", [x, model.graph.outputs[0]], metadata_props=scopes))
+    assert {m: len(c) for m, c in by_module(find_calls(model.graph)).items()} == {"q": 1}
