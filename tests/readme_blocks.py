@@ -60,3 +60,21 @@ def quickstart_table() -> str:
         f"Reproduce: `bash examples/quickstart.sh` ({found['seconds']:.0f} s on 2 CPU cores)."
     )
     return "\n".join([*lines, "", tail])
+
+
+def training_table() -> str:
+    """What `examples/train_adapters.py` measured: SSH beside LoRA, every seed, and the ablation of δ."""
+    found = results("train_adapters")
+    head = "| task | method | mean accuracy | each seed | trained, head aside | file, f16 |"
+    lines = [head, "|---|---|--:|---|--:|--:|"]
+    for task, row in found["tasks"].items():
+        for method, title in (("ssh", "SSH"), ("lora", f"LoRA r = {found['settings']['lora_rank']}")):
+            one = row[method]
+            seeds = ", ".join(f"{value:.4f}" for value in one["test"])
+            size = f"{one['bytes'] / 1000:.0f} kB"
+            lines.append(f"| {task} | {title} | {one['mean']:.4f} | {seeds} | {one['parameters']:,} | {size} |")
+    lines += ["", "Held-out, de-duplicated text, read once per seed. Reproduce: `python examples/train_adapters.py`."]
+    if "ablation" in found:
+        means = (f"δ = {delta}: {sum(v) / len(v):.4f}" for delta, v in found["ablation"]["test"].items())
+        lines += [f"Share δ of coefficients chosen by energy ({found['ablation']['task']}): {', '.join(means)}."]
+    return "\n".join(lines)
