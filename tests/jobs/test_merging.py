@@ -15,7 +15,8 @@ from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.peft_folder import write_folder
 from ssh_deploy.checkpoints.index import INDEX, open_checkpoint
 from ssh_deploy.checkpoints.sampling import fingerprint_of
-from ssh_deploy.errors import AdapterMismatchError, FingerprintError, OutputError, UnknownNameError
+from ssh_deploy.errors import AdapterMismatchError, DependencyError, FingerprintError, OutputError, UnknownNameError
+from ssh_deploy.jobs import rounding
 from ssh_deploy.jobs.merging import merge_adapters
 from ssh_deploy.testing import random_adapter
 from ssh_deploy.transforms import reference
@@ -459,6 +460,41 @@ def test_overflow_of_float16_is_an_error(pico, tmp_path):
     with pytest.raises(AdapterMismatchError, match=r"go beyond the range of float16.*\n.*float32 or bfloat16"):
         merge_adapters(pico("bert"), [path], tmp_path / "out", dtype="float16")
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_cuda_where_there_is_none(pico, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = store(random_adapter({"encoder.layer.0.output.dense": (48, 80)}), tmp_path / "a.safetensors")
+    with pytest.raises(DependencyError, match=r"--device cuda: torch .* sees no CUDA device.*\n.*--device cpu"):
+        merge_adapters(pico("bert"), [path], tmp_path / "out", device="cuda")
+    merge_adapters(pico("bert"), [path], tmp_path / "out", device="auto")
+
+
+@pytest.mark.gpu
+def test_cuda_merges_what_the_cpu_merges(pico, tmp_path):
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    adapter = random_adapter({"encoder.layer.0.output.dense": (48, 80)})
+    path = store(adapter, tmp_path / "a.safetensors")
+    for device in ("cpu", "cuda"):
+        merge_adapters(pico("bert"), [path], tmp_path / device, device=device, weights=[0.5])
+    one, two = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "cuda"))
+    for name, tensor in one.items():
+        np.testing.assert_allclose(two[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_device_path_sums_like_the_cpu(monkeypatch):
+    """The branch for devices, on the CPU: dense, scaled, added."""
+    total = np.ones((48, 80), np.float32)
+    delta = random_adapter({"x": (48, 80)}).deltas["x"]
+    dense_of = type(delta).dense
+    monkeypatch.setattr(type(delta), "dense", lambda self, *, device, dtype: dense_of(self, dtype=dtype))
+    rounding._accumulate(total, delta, -2.0, "cuda")
+    np.testing.assert_allclose(total, 1 - 2 * dense(delta), atol=1e-6)
 
 
 def test_progress_reaches_its_total(pico, tmp_path):
