@@ -92,3 +92,32 @@ def test_mixed_batches_answer_as_torch_does(tmp_path, architecture):
             np.abs(answer(model, base, texts, a) - answer(model, base, texts, None)).max() for a in adapters.values()
         ]
         assert min(changed) > 1e-2  # the adapters do something that a wrong answer would miss
+
+
+def test_other_rows_change_no_bit_of_a_row_with_threads(tmp_path):
+    """Whatever stands in the other rows, texts and adapters, with ORT running on several threads."""
+    base = pico_model("bert", tmp_path / "base", task="text-classification")
+    path = "bert.encoder.layer.{}.attention.self.{}"
+    shapes = {path.format(layer, part): (48, 48) for layer in (0, 1) for part in ("query", "value")}
+    given = []
+    for i, n in enumerate((700, 20, 300)):  # many coefficients on few rows: where a racing sum would show
+        write_file(random_adapter(shapes, n=n, alpha=400.0, seed=i), tmp_path / f"a{i}.safetensors")
+        given.append(str(tmp_path / f"a{i}.safetensors"))
+    export_model(base, given, tmp_path / "out")
+    rng = np.random.default_rng(0)
+    with Deployment.open(tmp_path / "out", threads=4) as deployment:
+        names = [None, "a0", "a1", "a2"]
+        for name in names[1:]:
+            deployment.load(name)
+        feeds = {key: np.ones((6, 12), np.int64) for key in deployment._session.inputs}
+        for name in names:
+            mine, seen = rng.integers(4, 20, 12), set()
+            for _ in range(15):
+                feeds["input_ids"] = rng.integers(4, 20, (6, 12))
+                feeds["input_ids"][2] = mine
+                others = [names[i] for i in rng.integers(0, 4, 6)]
+                others[2] = name
+                seen.add(deployment.run(feeds, others)["logits"][2].tobytes())
+            if name is None:  # a base row among adapters has the bits of a batch without any
+                seen.add(deployment.run(feeds)["logits"][2].tobytes())
+            assert len(seen) == 1, f"{name}: {len(seen)} different answers to one row"

@@ -73,6 +73,14 @@ def test_without_onnxruntime_both_extras_are_named(folder):
     assert "[gpu]" in text
 
 
+def test_an_emptied_onnxruntime_is_recognised(folder):
+    """What is left when one of the two packages is uninstalled over the other."""
+    code = MISSING.replace(
+        'sys.modules["onnxruntime"] = None', 'import types; sys.modules["onnxruntime"] = types.ModuleType("x")'
+    )
+    assert "there but empty" in fresh(code, folder)
+
+
 def test_importing_the_class_loads_no_runtime():
     late = "{'onnxruntime', 'tokenizers', 'torch'}"
     assert fresh(f"import sys; from ssh_deploy import Deployment; print({late} & set(sys.modules))").strip() == "set()"
