@@ -52,7 +52,7 @@ def command(request):
 
 @pytest.fixture(scope="session")
 def exported(pico, tmp_path_factory):
-    """``exported(architecture)``: (base, {name: adapter file}, exported folder) of a pico model, made once; read only."""
+    """``exported(architecture)``: (base, {name: adapter file}, exported folder) of a pico model, made once."""
     from exported_folders import export_pico
 
     made = {}

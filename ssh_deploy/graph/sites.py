@@ -68,7 +68,7 @@ def find_calls(graph: ir.Graph, *, root: str = "model") -> list[Call]:
         weight, module = node.inputs[1], _module(node, root)
         if (
             weight is None
-            or not weight.is_initializer()
+            or not _stored(weight)
             or weight.shape is None
             or len(weight.shape) != 2
             or not module
@@ -123,7 +123,7 @@ def _call(node: ir.Node, module: str, inputs: int, outputs: int) -> Call:
     users = list(result.consumers())
     if node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add":
         bias = [v for v in users[0].inputs if v is not result]
-        if len(bias) == 1 and bias[0] is not None and bias[0].is_initializer() and len(bias[0].shape or ()) == 1:
+        if len(bias) == 1 and bias[0] is not None and _stored(bias[0]) and len(bias[0].shape or ()) == 1:
             nodes.append(users[0])
             result = users[0].outputs[0]
     rank = len(activation.shape) if activation.shape is not None else 3
@@ -135,6 +135,14 @@ def _call(node: ir.Node, module: str, inputs: int, outputs: int) -> Call:
             outcome = users[0].outputs[0]
             return Call(module, inputs, outputs, tuple(nodes), before, outcome, outcome, True)
     return Call(module, inputs, outputs, tuple(nodes), node, node.outputs[0], result, rank == 3)
+
+
+def _stored(value: ir.Value) -> bool:
+    """Whether a value is an initializer, or the Cast of one (`precision.store_half`)."""
+    node = value.producer()
+    if node is None or node.op_type != "Cast":
+        return value.is_initializer()
+    return node.inputs[0] is not None and node.inputs[0].is_initializer()
 
 
 def _batched(value: ir.Value) -> bool:

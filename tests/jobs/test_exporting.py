@@ -114,8 +114,8 @@ def test_the_graph_obeys_the_contract(exported):
     lent = {name: shape for name, shape in inputs.items() if name.startswith("adapter_")}
     assert set(lent) <= defaults
     assert lent["adapter_ids"] == ["requests"]
-    assert lent["adapter_values"] == ["adapters", 4, "coefficients"]
-    assert lent["adapter_scales"] == ["adapters", 4]
+    assert lent["adapter_values"] == ["adapters", 6, "coefficients"]
+    assert lent["adapter_scales"] == ["adapters", 6]
     assert lent["adapter_head.classifier.out_proj.weight"] == ["head_adapters", "labels", 48]
     assert lent["adapter_guard"] == json.loads((folder / "deployment.json").read_text())["guard"]
     assert not {n.op_type for n in model.graph.node} & {"DFT", "LoopXYZ"}
