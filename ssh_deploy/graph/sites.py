@@ -66,13 +66,7 @@ def find_calls(graph: ir.Graph, *, root: str = "model") -> list[Call]:
         if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
         weight, module = node.inputs[1], _module(node, root)
-        if (
-            weight is None
-            or not _stored(weight)
-            or weight.shape is None
-            or len(weight.shape) != 2
-            or not module
-        ):
+        if weight is None or not _stored(weight) or weight.shape is None or len(weight.shape) != 2 or not module:
             continue
         sides = [int(side) for side in weight.shape.numpy()]
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1

@@ -81,7 +81,14 @@ class Runner:
             options.add_active_adapter(lent)
         for feed in inputs:
             feeds = {**self._required, **{k: v.numpy() for k, v in feed.items()}, **(arrays or {})}
-            answers.append(dict(zip(self._names, self._session.run(self._names, feeds, options), strict=True)))
+            try:
+                outputs = self._session.run(self._names, feeds, options)
+            except Exception as error:  # ORT's classes share no root
+                reason = str(error).strip().splitlines()[0]
+                raise VerificationError(
+                    f"onnxruntime refused the run: {reason:.400}", hint="Is the adapter made for this graph?"
+                ) from error
+            answers.append(dict(zip(self._names, outputs, strict=True)))
         del lent  # RunOptions does not keep it alive; until here this name does
         return answers
 

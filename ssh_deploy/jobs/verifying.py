@@ -170,6 +170,7 @@ def _example_rows(model: Any) -> list[dict[str, Any]]:
 
 
 def _text_inputs(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
+    import torch
     from transformers import AutoTokenizer
 
     try:
@@ -178,11 +179,11 @@ def _text_inputs(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> li
         raise VerificationError(
             f"{checkpoint.folder}: no tokenizer ({str(error).splitlines()[0]}).", hint="Leave --texts out."
         ) from error
-    wanted = set(example_inputs(model))
+    wanted = list(example_inputs(model))  # token_type_ids is zero where a tokenizer gives none
     batches = []
     for start in range(0, len(texts), _BATCH):
         rows = tokenizer(list(texts[start : start + _BATCH]), padding=True, truncation=True, return_tensors="pt")
-        batches.append({name: tensor for name, tensor in rows.items() if name in wanted})
+        batches.append({name: rows[name] if name in rows else torch.zeros_like(rows["input_ids"]) for name in wanted})
     return batches
 
 
