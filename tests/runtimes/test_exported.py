@@ -77,7 +77,7 @@ def test_mixed_batches_answer_as_torch_does(tmp_path, architecture):
         write_file(late, tmp_path / "late.safetensors", values_dtype=np.float32)
         deployment.load("late", tmp_path / "late.safetensors")  # never seen by the exporter
         everyone = {None: None, **adapters, "late": late}
-        names = [*everyone, *reversed(everyone)]
+        names = [*everyone, *everyone][:-2]  # not the same backwards
         texts = [TEXTS[i % 4] for i in range(len(names))]
         got = deployment.predict(texts, names)
         with torch.no_grad():
