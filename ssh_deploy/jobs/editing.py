@@ -62,7 +62,7 @@ def add_adapter(folder: str | Path, adapter: str) -> EditReport:
             hint=f"Name it otherwise, or `ssh-deploy remove` {name} first.",
         )
     session = Session(contained(opened.root, files.MODEL))
-    loaded = read_source(opened, session.adapter_inputs, stored=None, path=path)
+    loaded = read_source(opened, session.adapter_inputs, stored=None, path=path, rename=True)
     _require_effect(name, opened, session, loaded)
     deployment = read_json(opened.root, files.DEPLOYMENT)
     arrays = {key: array for rows in loaded.kinds.values() for key, array in rows.items()}

@@ -21,7 +21,7 @@ from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
-from ssh_deploy.runtimes.folder import Folder, SiteEntry
+from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
 from ssh_deploy.transforms.base import Axis
 
@@ -66,9 +66,11 @@ def rows_of_file(path: Path, folder: Folder, inputs: Mapping[str, Input]) -> dic
 
 
 def rows_of_adapter(
-    adapter: Adapter, folder: Folder, inputs: Mapping[str, Input]
+    adapter: Adapter, folder: Folder, inputs: Mapping[str, Input], *, rename: bool = False
 ) -> dict[str, dict[str, NDArray[Any]]]:
     """Rows by kind of an adapter read from its own file, as the exporter would write them.
+
+    ``rename``: also match modules through transformers' renaming tables, which imports it and torch; not for serving.
 
     Raises:
         AdapterMismatchError: modules that match no site, shapes that are not the base's, a kind of delta or a head
@@ -78,11 +80,13 @@ def rows_of_adapter(
     if folder.guard is None:
         raise AdapterMismatchError(f"{adapter.source}: {folder.root} was exported without slots.", hint=_NO_SLOTS)
     try:
-        places = match_modules(adapter.deltas, [site.module for site in folder.sites])
+        config = read_json(folder.root, "config.json") if rename else None
+        places = match_modules(adapter.deltas, [site.module for site in folder.sites], config=config)
     except AdapterMismatchError as error:
         raise AdapterMismatchError(
             f"{adapter.source}: {error.what}",
-            hint=f"{error.hint} Slots are fixed at export: `ssh-deploy export --sites …` reserves more.",
+            hint=f"{error.hint} `ssh-deploy add {folder.root} NAME={adapter.source}` also knows the names that "
+            "transformers changed; serving does not import it. New slots need an export with `--sites`.",
         ) from error
     for delta in adapter.deltas.values():
         if isinstance(delta, SpectralDelta) and delta.axis.name in folder.kinds:

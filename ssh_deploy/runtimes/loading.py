@@ -37,9 +37,16 @@ class Loaded:
 
 
 def read_source(
-    folder: Folder, inputs: Mapping[str, Input], *, stored: StoredAdapter | None, path: str | Path | None
+    folder: Folder,
+    inputs: Mapping[str, Input],
+    *,
+    stored: StoredAdapter | None,
+    path: str | Path | None,
+    rename: bool = False,
 ) -> Loaded:
     """Read an adapter of the folder (``stored``) or at ``path``, and check that it is what it is said to be.
+
+    ``rename``: see `rows_of_adapter`.
 
     Raises:
         DeploymentError: bytes that are not those of ``deployment.json``, or a file made for another graph.
@@ -65,7 +72,7 @@ def read_source(
         )  # fmt: skip
     adapter = read_adapter(source, shapes=_SiteShapes(folder))
     verified = _verified(adapter, folder)
-    kinds = rows_of_adapter(adapter, folder, inputs)
+    kinds = rows_of_adapter(adapter, folder, inputs, rename=rename)
     return _loaded(
         str(source), folder, inputs, kinds, adapter.digest,
         labels=adapter.labels, family=adapter.family, task=adapter.task, verified=verified,

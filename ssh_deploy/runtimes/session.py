@@ -2,8 +2,9 @@
 
 Adapters are lent to a run as plain feeds, zero-copy: the arrays belong to the caller and live through the call.
 ORT's own `LoraAdapter` is not used here. A run with it costs the same (5.8 µs against 7.0 µs of feeding four
-arrays, on an empty graph, 2 cores), it cannot address a bank, and `RunOptions` does not keep it alive: after
-garbage collection a run answered with another adapter (onnx.md).
+arrays, on an empty graph; 5.2 against 5.0–5.4 ms of CPU on all-MiniLM-L6-v2 at one row of 16 tokens, one thread),
+it cannot take its row from a bank that is resident anyway, and `RunOptions` does not keep it alive: after garbage
+collection a run answered with another adapter.
 """
 
 from __future__ import annotations

@@ -278,7 +278,10 @@ def test_modules_shapes_kinds_and_heads_that_do_not_fit(tmp_path):
             deployment.load("x", tmp_path / "x.safetensors")
         assert "x" not in deployment.adapters
 
-    refused(make_adapter(1, sites={"layer.query": (10, 12), "layer.kwery": (8, 10)}), r"kwery.*Did you mean layer\.")
+    refused(
+        make_adapter(1, sites={"layer.query": (10, 12), "layer.kwery": (8, 10)}),
+        r"kwery.*Did you mean layer\..*ssh-deploy add .*--sites",
+    )
     refused(
         make_adapter(1, sites={"layer.query": (12, 10)}),
         r"layer.query is for a weight of \[12, 10\], the graph's is \[10, 12\]",

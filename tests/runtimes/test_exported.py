@@ -121,3 +121,32 @@ def test_other_rows_change_no_bit_of_a_row_with_threads(tmp_path):
             if name is None:  # a base row among adapters has the bits of a batch without any
                 seen.add(deployment.run(feeds)["logits"][2].tobytes())
             assert len(seen) == 1, f"{name}: {len(seen)} different answers to one row"
+
+
+@pytest.mark.slow
+def test_names_that_transformers_changed_are_known_to_add_and_not_to_serving(tmp_path):
+    import transformers
+
+    from ssh_deploy.errors import AdapterMismatchError
+    from ssh_deploy.jobs.editing import add_adapter
+
+    base = pico_model("vit", tmp_path / "base", task="image")
+    named = dict(transformers.AutoModelForImageClassification.from_pretrained(base).named_modules())
+    shapes = {path: tuple(m.weight.shape) for path, m in named.items() if path.endswith("attention.q_proj")}
+    assert shapes  # transformers 5's name; the checkpoint says attention.attention.query
+    for name in ("one", "two"):
+        adapter = random_adapter(shapes, n=40, alpha=400.0, seed=len(name) + ord(name[0]))
+        write_file(adapter, tmp_path / f"{name}.safetensors")
+    export_model(base, [str(tmp_path / "one.safetensors")], tmp_path / "out")
+    pixels = {"pixel_values": np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)}
+    deployment = Deployment.open(tmp_path / "out")
+    with pytest.raises(AdapterMismatchError, match=r"(?s)q_proj.*ssh-deploy add"):
+        deployment.load("two", tmp_path / "two.safetensors")
+    deployment.close()
+    add_adapter(tmp_path / "out", f"same={tmp_path / 'one.safetensors'}")
+    add_adapter(tmp_path / "out", f"two={tmp_path / 'two.safetensors'}")
+    with Deployment.open(tmp_path / "out", threads=1) as deployment:
+        one, same, two, none = (deployment.run(pixels, name)["logits"] for name in ("one", "same", "two", None))
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - none).max() > 1e-2
+    assert np.abs(one - two).max() > 1e-2
