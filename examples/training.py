@@ -39,12 +39,14 @@ class Run:
     seed: int
     epochs: int
     delta: float = 0.7
+    epsilon: float = 1e-8
 
     @property
     def key(self) -> str:
         """A name that tells it from all others."""
         share = f"-delta{self.delta:g}" if self.method == "ssh" else ""
-        return f"{self.task}-{self.method}-rate{self.rate:g}-epochs{self.epochs}{share}-seed{self.seed}"
+        damped = f"-epsilon{self.epsilon:g}" if self.epsilon != 1e-8 else ""
+        return f"{self.task}-{self.method}-rate{self.rate:g}{damped}-epochs{self.epochs}{share}-seed{self.seed}"
 
 
 def base_folder() -> Path:
@@ -125,7 +127,7 @@ def train(run: Run, task: Task) -> tuple[Any, dict[str, Any]]:
     head = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
     rest = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
     optimizer = torch.optim.AdamW(
-        [{"params": rest, "lr": run.rate}, {"params": head, "lr": HEAD_RATE}], weight_decay=0.0
+        [{"params": rest, "lr": run.rate, "eps": run.epsilon}, {"params": head, "lr": HEAD_RATE}], weight_decay=0.0
     )
     steps = run.epochs * -(-len(data.ids) // BATCH)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(WARM_UP * steps), steps)
@@ -141,7 +143,8 @@ def train(run: Run, task: Task) -> tuple[Any, dict[str, Any]]:
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
     parameters, with_head = trained_parameters(model)
-    spent = {"seconds": round(time.perf_counter() - started, 1), "steps": steps, "last_loss": round(loss.item(), 4)}
+    print(f"  {run.key}: trained in {time.perf_counter() - started:.0f} s", flush=True)
+    spent = {"steps": steps, "last_loss": round(loss.item(), 4)}
     return model.eval(), {**spent, "parameters": parameters, "parameters_with_head": with_head}
 
 
