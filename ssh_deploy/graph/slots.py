@@ -197,32 +197,29 @@ def _fill(
     for bank in banks:
         emitter = Emitter(constants, f"adapter/{bank.axis}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
+        products = [_current(call) for call in group]
+        users = [list(product.uses()) for product in products]
         terms = spectral.contribution(then, bank, group, table)
         rows = then.op("Shape", group[0].activation, start=0, end=1)
         rows = then.op("Range", then.const(0, np.int64), then.op("Squeeze", rows), then.const(1, np.int64))
         rows = then.op("Unsqueeze", rows, then.ints(1))
         empty = other.const(np.zeros((0, 1)), np.int64)
+        nowhere = other.const(np.zeros(0), np.int64)
         absent = [other.op("Identity", empty)]
-        for call in group:
-            sides = other.op("Shape", call.activation, start=1, end=2) if call.tokens else None
-            shape = [other.ints(0), *([sides] if sides is not None else []), other.ints(call.outputs)]
-            absent.append(other.op("ConstantOfShape", other.op("Concat", *shape, axis=0)))
+        absent += [other.op("Gather", product, nowhere, axis=0) for product in products]  # no rows of the right shape
         there = [rows, *terms]
         for value, kind in zip(there + absent, [ir.DataType.INT64, *[ir.DataType.FLOAT] * len(group)] * 2, strict=True):
             value.dtype = kind
         places, *sums = emitter.when(bank.gate, then, there, other, absent)
-        anchor = group[0].nodes[0]
-        graph.insert_before(anchor, emitter.nodes)
-        for call, term in zip(group, sums, strict=True):
-            result = _current(call)
-            users = list(result.uses())
+        graph.extend(emitter.nodes)  # sorted in the end
+        for call, result, term, uses in zip(group, products, sums, users, strict=True):
             add = Emitter(constants, f"adapter/{bank.axis}/{call.module}/add")
             total = add.op("ScatterND", result, places, term, reduction="add")
             total.shape, total.dtype = result.shape, ir.DataType.FLOAT
             producer = result.producer()
             assert producer is not None
             graph.insert_after(producer, add.nodes)
-            for node, i in users:
+            for node, i in uses:
                 node.replace_input_with(i, total)
             _rename_output(graph, result, total)
 
