@@ -1,7 +1,12 @@
 """What README.md and FORMAT.md say is true: commands exist, links lead somewhere, shown code runs."""
 
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -40,3 +45,25 @@ def test_it_says_that_it_is_not_secure_shell(readme):
 def test_no_path_of_a_machine_is_named(root):
     for path in [root / "README.md", *root.glob("ssh_deploy/**/*.md"), *root.glob("plugins/*/README.md")]:
         assert not re.search(r"/(work|home|root|tmp)/", path.read_text()), path
+
+
+@pytest.mark.slow
+def test_the_shown_commands_and_code_run_as_they_stand(readme, root, minilm_path, tmp_path):
+    """The block of commands and the Python example, in a folder that holds what they name."""
+    (tmp_path / "all-MiniLM-L6-v2").symlink_to(minilm_path)
+    for name, source in (("spam", "sms-spam"), ("trec6", "trec6"), ("sentiment", "sentiment")):
+        shutil.copy(root / "examples" / "adapters" / f"{source}.safetensors", tmp_path / f"{name}.safetensors")
+    section = readme.partition("## Use it")[2].partition("## Train one")[0]
+    commands = re.search(r"```bash\n(.*?)```", section, flags=re.S)[1].splitlines()
+    code = re.search(r"```python\n(.*?)```", section, flags=re.S)[1]
+    assert len(commands) == 7
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for line in commands:
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    code = code.replace('load("sentiment", "sentiment.safetensors")', 'load("mine", "sentiment.safetensors")')
+    code = code.replace('adapters=["sentiment",', 'adapters=["mine",')  # `add` above took the name
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = [line.split()[0] for line in done.stdout.splitlines()]
+    assert answers == ["positive", "LOC"]
