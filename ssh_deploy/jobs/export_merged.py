@@ -17,7 +17,7 @@ from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weigh
 from ssh_deploy.jobs.progress import Progress
 
 
-def export_merged(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, validating.Checked]]:
+def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, validating.Checked]]:
     """Fill ``folder`` with the merged graph; returns its `deployment.json` and what the validation found.
 
     Raises:

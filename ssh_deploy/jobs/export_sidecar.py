@@ -29,7 +29,7 @@ from ssh_deploy.jobs.progress import Progress
 from ssh_deploy.transforms import get_transform
 
 
-def export_sidecar(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, validating.Checked]]:
+def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, validating.Checked]]:
     """Fill ``folder`` with the graph and its adapters; returns its `deployment.json` and what the validation found.
 
     Raises:

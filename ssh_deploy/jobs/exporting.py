@@ -22,8 +22,8 @@ from ssh_deploy.graph.trace import resolve_task
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_job import ExportOptions, Job
-from ssh_deploy.jobs.export_merged import export_merged
-from ssh_deploy.jobs.export_sidecar import export_sidecar
+from ssh_deploy.jobs.export_merged import merged_graph
+from ssh_deploy.jobs.export_sidecar import sidecar_graph
 from ssh_deploy.jobs.naming import named_paths
 from ssh_deploy.jobs.progress import Progress, silent
 
@@ -105,7 +105,7 @@ def export_model(
     job.notes += [f"{name}: base unverified (it stores no fingerprint)" for name, f in fitted.items() if not f.verified]
     with whole_folder(Path(out), need=2 * checkpoint.nbytes) as folder:
         progress("export", 0, 4)
-        export = export_merged if options.mode == "merged" else export_sidecar
+        export = merged_graph if options.mode == "merged" else sidecar_graph
         deployment, checks = export(job, folder, progress)
         files.write_json(folder / files.DEPLOYMENT, deployment)
         files.write_json(folder / files.PROVENANCE, _provenance(job, deployment, checks))
