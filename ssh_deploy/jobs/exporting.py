@@ -108,7 +108,7 @@ def export_model(
         export = merged_graph if options.mode == "merged" else sidecar_graph
         deployment, checks = export(job, folder, progress)
         files.write_json(folder / files.DEPLOYMENT, deployment)
-        files.write_json(folder / files.PROVENANCE, _provenance(job, deployment, checks))
+        files.write_json(folder / files.PROVENANCE, _provenance(job, folder, deployment, checks))
         files.write_text(folder / "README.md", files.model_card(deployment))
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         progress("export", 4, 4)
@@ -144,8 +144,11 @@ def _check_options(options: ExportOptions, adapters: int) -> None:
         raise GraphError("--weight without --mode merged.", hint="Sidecar adapters are chosen when the graph runs.")
 
 
-def _provenance(job: Job, deployment: Mapping[str, Any], checks: Mapping[str, validating.Checked]) -> dict[str, Any]:
+def _provenance(
+    job: Job, folder: Path, deployment: Mapping[str, Any], checks: Mapping[str, validating.Checked]
+) -> dict[str, Any]:
     return {
+        "graph": {path.name: files.file_sha256(path) for path in sorted(folder.glob(f"{files.MODEL}*"))},
         "base": {"name": job.base, "files": files.base_hashes(job.checkpoint)},
         "adapters": {name: f.adapter.digest for name, f in job.fitted.items()},
         "versions": files.versions(),

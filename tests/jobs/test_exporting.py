@@ -1,5 +1,6 @@
 """Exports of five pico architectures and of the real MiniLM, held against torch and run by plain onnxruntime."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -83,6 +84,10 @@ def test_the_folder_says_what_it_is(exported):
     provenance = json.loads((folder / "provenance.json").read_text())
     assert set(provenance["validation"]["results"]) == {"no adapter", "headed", "plain"}
     assert set(provenance["base"]["files"]) == {"config.json", "model.safetensors"}
+    digests = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("model.onnx", "model.onnx.data")
+    }
+    assert provenance["graph"] == digests
     found = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert found >= {
         "model.onnx",
