@@ -124,7 +124,7 @@ def _validate(
     required = files.no_adapter(layout) if job.options.adapter_inputs == "required" and layout.kinds else None
     runner = validating.Runner(folder / files.MODEL, names, required)
     nothing = runner(inputs)
-    validating.identical(str(folder.name), nothing, _cut(validating.Runner(plain, names)(inputs), nothing))
+    validating.identical(job.base, nothing, _cut(validating.Runner(plain, names)(inputs), nothing))
     want = validating.torch_outputs(loaded.model, inputs, names)
     checks = {"": validating.compare("no adapter", nothing, _cut(want, nothing))}
     for i, (name, fitted) in enumerate(job.fitted.items()):
