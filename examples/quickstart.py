@@ -129,10 +129,13 @@ def judge(results: dict[str, Any]) -> list[str]:
 
 def run(out: Path, limit: int | None) -> dict[str, Any]:
     """All steps; returns the figures."""
+    import transformers
     from tasks import load_task
 
     from ssh_deploy import Deployment
 
+    transformers.logging.set_verbosity_error()  # "newly initialized: classifier" is what the adapter replaces
+    transformers.logging.disable_progress_bar()
     base = base_folder()
     files = {task: HERE / "adapters" / f"{task}.safetensors" for task in TASKS}
     ssh_deploy("inspect", files["trec6"], "--base", base, "--plot", out / "trec6.png")

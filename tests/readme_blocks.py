@@ -65,6 +65,8 @@ def quickstart_table() -> str:
 def training_table() -> str:
     """What `examples/train_adapters.py` measured: SSH beside LoRA, every seed, and the ablation of δ."""
     found = results("train_adapters")
+    if not found.get("tasks"):
+        return "(not measured yet)"
     head = "| task | method | mean accuracy | each seed | trained, head aside | file, f16 |"
     lines = [head, "|---|---|--:|---|--:|--:|"]
     for task, row in found["tasks"].items():
