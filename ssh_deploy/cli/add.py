@@ -7,7 +7,7 @@ import click
 from ssh_deploy.cli.output import json_option, show
 
 
-@click.command()
+@click.command("add")
 @click.argument("folder", metavar="OUT")
 @click.argument("adapter", metavar="[NAME=]ADAPTER")
 @json_option

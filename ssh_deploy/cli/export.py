@@ -17,7 +17,7 @@ def _choice(name: str, *values: str, text: str) -> Callable[[F], F]:
     return click.option(name, type=click.Choice(values), default=values[0], show_default=True, help=text)
 
 
-@click.command()
+@click.command("export")
 @click.option("--onnx", is_flag=True, required=True, help="Export to ONNX (the one target so far).")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, metavar="[NAME=]ADAPTER...")

@@ -7,7 +7,7 @@ import click
 from ssh_deploy.cli.output import json_option, show
 
 
-@click.command()
+@click.command("pack")
 @click.argument("folder", metavar="OUT")
 @click.argument("names", nargs=-1, metavar="NAME...")
 @click.option("-o", "--out", required=True, type=click.Path(), help="NAME.onnx_adapter; NAME.json beside it.")

@@ -7,7 +7,7 @@ import click
 from ssh_deploy.cli.output import json_option, show
 
 
-@click.command()
+@click.command("remove")
 @click.argument("folder", metavar="OUT")
 @click.argument("name")
 @json_option

@@ -9,7 +9,7 @@ import click
 from ssh_deploy.cli.output import json_option, progress_bar, show
 
 
-@click.command()
+@click.command("verify")
 @click.argument("base")
 @click.argument("adapter")
 @click.argument("target")
