@@ -75,7 +75,8 @@ def training_table() -> str:
             seeds = ", ".join(f"{value:.4f}" for value in one["test"])
             size = f"{one['bytes'] / 1000:.0f} kB"
             lines.append(f"| {task} | {title} | {one['mean']:.4f} | {seeds} | {one['parameters']:,} | {size} |")
-    lines += ["", "Held-out, de-duplicated text, read once per seed. Reproduce: `python examples/train_adapters.py`."]
+    lines += ["", "Held-out, de-duplicated text. Reproduce: `python examples/train_adapters.py`."]
+    lines += found.get("notes", [])
     if "ablation" in found:
         means = (f"δ = {delta}: {sum(v) / len(v):.4f}" for delta, v in found["ablation"]["test"].items())
         lines += [f"Share δ of coefficients chosen by energy ({found['ablation']['task']}): {', '.join(means)}."]
