@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from safetensors.numpy import save
 from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectrum, is_finite_number
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
 from ssh_deploy.checkpoints.safefile import SafeFile, open_safefile
+from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.deltas.spectral import NORMS, SpectralDelta
 from ssh_deploy.errors import AdapterFileError, OutputError
@@ -83,7 +82,8 @@ def write_file(adapter: Adapter, path: Path, *, values_dtype: Any = np.float16, 
     table = {k: v for k, v in header.items() if k != "__metadata__"}
     payload = memoryview(draft)[8 + int.from_bytes(draft[:8], "little") :]
     digest = content_digest(metadata, table, payload)
-    _write_whole(path, save(tensors, metadata={**metadata, "sha256": digest}))
+    with whole_file(path) as partial:
+        partial.write_bytes(save(tensors, metadata={**metadata, "sha256": digest}))
     return digest
 
 
@@ -284,25 +284,6 @@ def _labels(path: Path, fields: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise AdapterFileError(f"{path}: labels are not a list of text.", hint="The file is forged.")
     return tuple(labels)
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written: {error.strerror}.", hint="Check the folder and its space."
-        ) from error
 
 
 assert set(NORMS) == set(SCALINGS)

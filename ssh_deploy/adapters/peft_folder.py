@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from safetensors.numpy import save_file
 
 from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite, is_finite_number
 from ssh_deploy.checkpoints.safefile import open_safefile
+from ssh_deploy.checkpoints.whole import whole_folder
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, OutputError, RegistryError
@@ -204,21 +202,6 @@ def write_folder(adapter: Adapter, folder: Path) -> None:
         "labels": list(adapter.labels) or None,
         **family.config(adapter),
     }
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
-            save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-            (partial / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-            for file in partial.iterdir():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            partial.chmod(0o755)
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be written: {error.strerror}.", hint="Check the folder and its space."
-        ) from error
+    with whole_folder(folder) as partial:
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: temporary sibling, fsync, rename."""
+"""Files and folders that appear whole or not at all: temporary sibling, fsync, rename."""
 
 from __future__ import annotations
 
@@ -51,6 +51,38 @@ def whole_folder(out: Path, *, need: int = 0) -> Iterator[Path]:
             f"{out}: cannot be written: {error.strerror or error}.",
             hint="Nothing was left behind. Check the folder's rights and the space on its disk.",
         ) from error
+
+
+@contextmanager
+def whole_file(path: Path, *, parents: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary sibling of ``path`` to write; on success it takes the place of ``path``.
+
+    A file that is there is replaced, never written over: who has mapped it keeps the old bytes.
+
+    Args:
+        path: the file to make.
+        parents: make its folder when there is none.
+
+    Raises:
+        OutputError: the system refuses a write.
+    """
+    partial = None
+    try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        yield Path(partial)
+        _sync(Path(partial))
+        Path(partial).chmod(0o644)  # mkstemp makes it private
+        Path(partial).replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written: {error.strerror or error}.", hint="Check the folder and its space."
+        ) from error
+    finally:
+        if partial is not None:
+            Path(partial).unlink(missing_ok=True)
 
 
 def _refuse_existing(out: Path) -> None:

@@ -8,8 +8,6 @@ hold zeros with scale 0. Heads that it did not train are the base's own. Needs n
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import Adapter
+from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.errors import AdapterMismatchError, DependencyError, OutputError, near_misses
+from ssh_deploy.errors import AdapterMismatchError, DependencyError, near_misses
 from ssh_deploy.transforms import get_transform
 
 GUARD = "adapter_guard"
@@ -165,21 +164,8 @@ def write_onnx_adapter(path: Path, arrays: Mapping[str, NDArray[Any]], layout: L
     adapter.set_adapter_version(1)
     adapter.set_model_version(1)
     adapter.set_parameters({k: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(v)) for k, v in tensors.items()})
-    partial = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        adapter.export_adapter(partial)
-        with Path(partial).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.", hint="Check its folder.") from error
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
+    with whole_file(path, parents=True) as partial:
+        adapter.export_adapter(str(partial))
 
 
 def onnxruntime() -> Any:

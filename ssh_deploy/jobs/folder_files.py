@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +16,8 @@ from safetensors.numpy import save
 
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.checkpoints.index import Checkpoint, contained
-from ssh_deploy.errors import DeploymentError, OutputError
+from ssh_deploy.checkpoints.whole import whole_file
+from ssh_deploy.errors import DeploymentError
 from ssh_deploy.graph.bank_file import GUARD, PREFIXES, Layout
 
 DEPLOYMENT = "deployment.json"
@@ -213,17 +212,5 @@ def no_adapter(layout: Layout) -> dict[str, NDArray[Any]]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    partial = None
-    try:
-        handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(partial).chmod(0o644)
-        Path(partial).replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}.", hint="Check its folder.") from error
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
+    with whole_file(path) as partial:
+        partial.write_bytes(data)

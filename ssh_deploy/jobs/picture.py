@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import Adapter
+from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.errors import AdapterMismatchError, DependencyError, OutputError
+from ssh_deploy.errors import AdapterMismatchError, DependencyError
 from ssh_deploy.transforms.cpu import synthesis
 
 MAX_DENSE = 1 << 24  # entries of ΔW that are formed for a picture: 64 MB in float32
@@ -139,15 +138,5 @@ def _matplotlib() -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".png", dir=path.parent)
-        os.close(handle)
-        try:
-            figure.savefig(name, format="png", facecolor=_PAPER)
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}.", hint="Check the folder.") from error
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", facecolor=_PAPER)
