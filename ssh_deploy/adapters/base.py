@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.replaced import ReplacedModule
+from ssh_deploy.deltas.spectral import SpectralDelta, Stack, stacked
 from ssh_deploy.errors import AdapterFileError
 
 #: Shapes [out, in] of a base's weights by the adapter's own module paths.
@@ -94,17 +95,29 @@ def check_shape(where: str, shape: tuple[int, ...]) -> tuple[int, int]:
     Raises:
         AdapterFileError: not two sides of 1…`MAX_SIDE`.
     """
-    good = len(shape) == 2 and all(isinstance(s, int) and not isinstance(s, bool) and 0 < s <= MAX_SIDE for s in shape)
-    if not good:
-        raise AdapterFileError(
-            f"{where}: shape {list(shape)} is not two sides of 1 to {MAX_SIDE}.", hint="The file is damaged or forged."
-        )
-    return (shape[0], shape[1])
+    if len(shape) == 2:
+        out, inn = shape
+        if type(out) is type(inn) is int and 0 < out <= MAX_SIDE and 0 < inn <= MAX_SIDE:  # a bool is no side
+            return out, inn
+    raise AdapterFileError(
+        f"{where}: shape {list(shape)} is not two sides of 1 to {MAX_SIDE}.", hint="The file is damaged or forged."
+    )
 
 
 def is_finite_number(value: object) -> TypeGuard[float]:
     """True for an int or float (no bool) that a float64 holds; JSON may bring NaN and integers of any length."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def check_spectra(where: str, deltas: Mapping[str, SpectralDelta]) -> None:
+    """`check_spectrum` of every module at once; ``where``: the file.
+
+    Raises:
+        AdapterFileError: with the first offending module and place.
+    """
+    if not all(_sound(stack) for stack in stacked(deltas)):
+        for module, d in deltas.items():  # which one, and what of it
+            check_spectrum(f"{where}: {module}", d.rows, d.cols, d.values, d.shape)
 
 
 def check_spectrum(
@@ -136,14 +149,36 @@ def check_spectrum(
     check_finite(where, values)
 
 
+def _sound(stack: Stack[str]) -> bool:
+    """Whether `check_spectrum` would pass every spectrum of ``stack``."""
+    (out, inn), rows, cols = stack.shape, stack.rows, stack.cols
+    if not (rows.shape == cols.shape == stack.values.shape and rows.ndim == 2 and rows.shape[1] <= out * inn):
+        return False
+    if not rows.size:
+        return True
+    if min(rows.min(), cols.min()) < 0 or rows.max() >= out or cols.max() >= inn:
+        return False
+    wide = np.uint32 if out * inn <= 1 << 32 else np.uint64
+    flat = rows.astype(wide) * inn + cols.astype(wide)
+    flat.sort(axis=-1)
+    return bool((flat[:, 1:] != flat[:, :-1]).all()) and finite(stack.values)
+
+
+def finite(values: NDArray[Any]) -> bool:
+    """Whether all of ``values`` are finite in float32, whatever float they are."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(values.astype(np.float32, copy=False)).all())
+
+
 def check_finite(where: str, values: NDArray[Any]) -> None:
     """Refuse NaN and infinities.
 
     Raises:
         AdapterFileError: with how many there are.
     """
-    bad = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32, copy=False))))
-    if bad:
+    if not finite(values):
+        with np.errstate(over="ignore"):
+            bad = int(values.size - np.count_nonzero(np.isfinite(values.astype(np.float32, copy=False))))
         raise AdapterFileError(
             f"{where}: {bad} of {values.size} values are NaN or infinite.",
             hint="The training diverged or the file is damaged; no base would answer sensibly with it.",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectrum, is_finite_number
+from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectra, is_finite_number
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
 from ssh_deploy.checkpoints.safefile import SafeFile, open_safefile
 from ssh_deploy.checkpoints.whole import whole_file
@@ -26,15 +26,18 @@ from ssh_deploy.transforms import transform_names
 FORMAT = "ssh-deploy-adapter"
 VERSION = 1
 SCALINGS = {"backward": "alpha/(out*in)", "ortho": "alpha"}
+_VALUES = (np.dtype(np.float16), np.dtype(np.float32))
+_PLACES = (np.dtype(np.uint16), np.dtype(np.uint32))
+_BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def read_file(path: Path) -> Adapter:
-    """Read a compact adapter file, every rule of FORMAT.md checked; spectra are zero-copy views of the mapped file.
+    """Read a compact adapter file, every rule of FORMAT.md checked; spectra are zero-copy views of the bytes read.
 
     Raises:
         AdapterFileError: anything the format does not allow, with the tensor or field.
     """
-    file = open_safefile(path, error=AdapterFileError)
+    file = open_safefile(path, error=AdapterFileError, mapped=False)  # what was hashed is what is used
     if file.metadata.get("format") != FORMAT:
         raise AdapterFileError(
             f"{path}: not a compact adapter file (its metadata has no format={FORMAT!r}).",
@@ -89,7 +92,7 @@ def write_file(adapter: Adapter, path: Path, *, values_dtype: Any = np.float16, 
 
 def content_digest(metadata: Mapping[str, str], table: Mapping[str, Any], payload: memoryview) -> str:
     """sha256 (hex) over the canonical JSON of metadata (without ``sha256``) and tensor table, then the payload."""
-    head = [{k: v for k, v in metadata.items() if k != "sha256"}, {k: dict(v) for k, v in table.items()}]
+    head = [{k: v for k, v in metadata.items() if k != "sha256"}, dict(table)]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
     digest.update(payload)
     return digest.hexdigest()
@@ -116,17 +119,18 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
         raise AdapterFileError(f"{path}: alpha is {alpha!r:.40}, not a finite number.", hint="The file is forged.")
     modules = _object(path, fields, "modules")
     left = set(file.tensors)
-    deltas = {}
+    deltas: dict[str, SpectralDelta] = {}
     for module, shape in modules.items():
         where = f"{path}: {module}"
         sides = check_shape(where, tuple(shape) if isinstance(shape, list) else ())
-        parts = [_take(path, file, f"spectral.{module}.{part}", left) for part in ("values", "rows", "cols")]
-        values, rows, cols = parts
+        values = _take(path, file, f"spectral.{module}.values", left)
+        rows = _take(path, file, f"spectral.{module}.rows", left)
+        cols = _take(path, file, f"spectral.{module}.cols", left)
         _check_dtypes(where, values, rows, cols)
         if transposed:
             rows, cols, sides = cols, rows, (sides[1], sides[0])
-        check_spectrum(where, rows, cols, values, sides)
         deltas[module] = SpectralDelta(sides, transform, rows, cols, values, float(alpha), norm)
+    check_spectra(str(path), deltas)
     replaced = {}
     for module, names in _object(path, fields, "heads").items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -165,7 +169,7 @@ def _fingerprint(file: SafeFile, fields: dict[str, Any], left: set[str]) -> Fing
     for site, shape in _object(path, stored, "sites").items():
         values = _take(path, file, f"fingerprint.{site}", left)
         sides = check_shape(f"{path}: fingerprint of {site}", tuple(shape) if isinstance(shape, list) else ())
-        if values.dtype != ml_dtypes.bfloat16 or values.shape != (min(SAMPLES, sides[0] * sides[1]),):
+        if values.dtype != _BF16 or values.shape != (min(SAMPLES, sides[0] * sides[1]),):
             raise AdapterFileError(
                 f"{path}: fingerprint of {site} is {values.dtype} {values.shape}.", hint="The file is forged."
             )
@@ -177,7 +181,7 @@ def _fingerprint(file: SafeFile, fields: dict[str, Any], left: set[str]) -> Fing
 
 
 def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    if dtype not in (np.float16, np.float32):
+    if dtype not in _VALUES:
         raise AdapterFileError(f"Values cannot be stored as {dtype}.", hint="Use float16 or float32.")
     kinds = {
         (d.transform, d.norm, d.alpha) if isinstance(d, SpectralDelta) else d.kind for d in adapter.deltas.values()
@@ -233,12 +237,12 @@ def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[st
 
 
 def _check_dtypes(where: str, values: NDArray[Any], rows: NDArray[Any], cols: NDArray[Any]) -> None:
-    if values.dtype not in (np.float16, np.float32) or rows.dtype != cols.dtype:
+    if values.dtype not in _VALUES or rows.dtype != cols.dtype:
         raise AdapterFileError(
             f"{where}: values {values.dtype}, rows {rows.dtype}, cols {cols.dtype}.",
             hint="Values are float16 or float32, both places uint16 or both uint32.",
         )
-    if rows.dtype not in (np.uint16, np.uint32):
+    if rows.dtype not in _PLACES:
         raise AdapterFileError(f"{where}: places are {rows.dtype}.", hint="Places are uint16 or uint32.")
 
 

@@ -59,9 +59,9 @@ def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise AdapterFileError(f"{config_path}: names no peft_type.", hint="Save the adapter again with PEFT.")
     _check_fields(config_path, config)
-    file = open_safefile(weights_path, error=AdapterFileError)
+    file = open_safefile(weights_path, error=AdapterFileError, mapped=False)  # what was hashed is what is used
     digest = hashlib.sha256(raw)
-    digest.update(weights_path.read_bytes())
+    digest.update(file.content)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
     family = _family(config["peft_type"])
     adapter: Adapter = family.read(AdapterFiles(folder, config, tensors, digest.hexdigest(), shapes))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.adapters.base import Adapter, AdapterFiles, check_shape, check_spectrum, is_finite_number
+from ssh_deploy.adapters.base import Adapter, AdapterFiles, check_shape, check_spectra, is_finite_number
 from ssh_deploy.adapters.peft_folder import adapter_of, module_shape, number
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError
@@ -41,6 +41,7 @@ class SpectralFamily:
             else:
                 rest[name] = tensor
         deltas = {module: self._delta(files, module, parts, transform, alpha) for module, parts in modules.items()}
+        check_spectra(str(files.folder), deltas)
         settings = {
             "n": files.config.get("n_frequency"),
             "delta_ratio": files.config.get("delta_ratio"),
@@ -63,10 +64,9 @@ class SpectralFamily:
                 hint="Expected integers [2, n] and floats [n].",
             )
         shape = check_shape(where, module_shape(files, module))
-        check_spectrum(where, places[0], places[1], values, shape)
-        place = np.uint16 if max(shape) <= 1 << 16 else np.uint32
-        kept = values if values.dtype in (np.float16, np.float32) else values.astype(np.float32)
-        return SpectralDelta(shape, transform, places[0].astype(place), places[1].astype(place), kept, alpha, self.norm)
+        with np.errstate(over="ignore"):  # what overflows is refused as infinite
+            kept = values if values.dtype in (np.float16, np.float32) else values.astype(np.float32)
+        return SpectralDelta(shape, transform, places[0], places[1], kept, alpha, self.norm)
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
         """See `Family.config`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from ssh_deploy.errors import DeployError
 
 MAX_HEADER = 16 << 20
+MAX_READ = 256 << 20  # larger files are mapped even where they could be read
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -39,11 +41,12 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SafeFile:
-    """A mapped safetensors file.
+    """A mapped (or read) safetensors file.
 
     ``metadata`` str→str; ``table`` the header; ``tensors`` zero-copy read-only views; ``payload`` the bytes behind
     the header, which begin at ``start`` of the file.
@@ -56,6 +59,11 @@ class SafeFile:
     payload: memoryview
     start: int
 
+    @property
+    def content(self) -> memoryview:
+        """The whole file, header included."""
+        return memoryview(self.payload.obj)
+
     def forget(self) -> None:
         """Give mapped pages back to the page cache: what was read no longer counts as this process's memory."""
         mapped = self.payload.obj
@@ -63,24 +71,29 @@ class SafeFile:
             mapped.madvise(mmap.MADV_DONTNEED)  # file-backed and read-only: pages come back on the next touch
 
 
-def open_safefile(path: Path, *, error: type[DeployError]) -> SafeFile:
-    """Map ``path`` and check its header.
+def open_safefile(path: Path, *, error: type[DeployError], mapped: bool = True) -> SafeFile:
+    """Open ``path`` and check its header.
 
     Args:
         path: the file.
         error: what to raise when it is missing, truncated, has a header that is not JSON, or tensors that are not
             the payload's bytes from end to end.
+        mapped: False reads a file of up to `MAX_READ` bytes at once: whoever rewrites it in place then neither
+            changes what was checked nor kills this process, which a mapped file that shrinks does.
     """
     hint = "Fetch or make the file again."
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise error(f"{path}: {size} bytes are no safetensors file.", hint=hint)
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            if mapped or size > MAX_READ:
+                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            else:
+                view = memoryview(file.readall())
     except OSError as cause:
         raise error(f"{path}: cannot be read: {cause.strerror}.", hint="Check the path.") from cause
-    length = int.from_bytes(view[:8], "little")
+    size, length = len(view), int.from_bytes(view[:8], "little")
     if length > min(MAX_HEADER, size - 8):
         raise error(f"{path}: header of {length} bytes in a file of {size}: truncated or damaged.", hint=hint)
     header = _header(path, bytes(view[8 : 8 + length]), error)
@@ -89,9 +102,8 @@ def open_safefile(path: Path, *, error: type[DeployError]) -> SafeFile:
         raise error(f"{path}: metadata is not text by name.", hint=hint)
     payload = view[8 + length :]
     tensors = {name: _tensor(path, name, entry, payload, error) for name, entry in header.items()}
-    spans = sorted((entry["data_offsets"][0], entry["data_offsets"][1]) for entry in header.values())
     end = 0
-    for start, stop in spans:
+    for start, stop in sorted([entry["data_offsets"] for entry in header.values()]):
         if start != end:
             raise error(f"{path}: tensors overlap or leave a gap at byte {end}.", hint=hint)
         end = stop
@@ -102,10 +114,11 @@ def open_safefile(path: Path, *, error: type[DeployError]) -> SafeFile:
 
 def _header(path: Path, raw: bytes, error: type[DeployError]) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):  # json would keep the last in silence, other readers the first
+        found = dict(pairs)
+        if len(found) != len(pairs):  # json would keep the last in silence, other readers the first
+            names = [name for name, _ in pairs]
             raise error(f"{path}: header names {max(names, key=names.count)!r} twice.", hint="The file is forged.")
-        return dict(pairs)
+        return found
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
@@ -119,19 +132,20 @@ def _header(path: Path, raw: bytes, error: type[DeployError]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: Any, payload: memoryview, error: type[DeployError]) -> NDArray[Any]:
     hint = "The file is damaged or forged."
     try:
-        dtype = np.dtype(DTYPES[entry["dtype"]])
+        dtype = _DTYPES[entry["dtype"]]
         shape = entry["shape"]
         start, stop = entry["data_offsets"]
-        whole = all(type(x) is int and 0 <= x < 1 << 48 for x in (*shape, start, stop))
+        whole, count = type(shape) is list, 1
+        for number in (start, stop, *shape):
+            whole = whole and type(number) is int and 0 <= number < 1 << 48
+        for side in shape if whole else ():
+            count *= side  # Python integers: no overflow for a forged shape
     except (KeyError, TypeError, ValueError) as cause:
         raise error(f"{path}: entry of {name!r} is not a tensor: {entry!r:.200}.", hint=hint) from cause
-    count = 1
-    for side in shape if whole else ():
-        count *= side  # Python integers: no overflow for a forged shape
     if not whole or len(shape) > 8 or not start <= stop <= len(payload) or stop - start != count * dtype.itemsize:
         raise error(
             f"{path}: {name!r} declares {entry['dtype']} {shape} at bytes {start}…{stop} of {len(payload)}: "
             "truncated or damaged.",
             hint=hint,
         )
-    return np.frombuffer(payload[start:stop], dtype=dtype).reshape(shape)
+    return np.ndarray(shape, dtype, payload, start)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 NORMS = ("backward", "ortho")
+K = TypeVar("K")
+_PARTS = ("rows", "cols", "values")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,3 +102,35 @@ class SpectralDelta:
         values = torch.from_numpy(spectrum.values.astype(np.float64) * (self.gain * spectrum.factor)).to(z)
         y = z.new_zeros((*z.shape[:-1], self.shape[0])).index_add_(-1, rows, z[..., cols] * values)
         return self.axis.inverse(y, -1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack(Generic[K]):
+    """Spectra of several sites that agree in transform, shape, length and dtypes, as one: an adapter's usual case.
+
+    ``keys`` of the sites; ``rows``, ``cols``, ``values`` [sites, n] (each [sites, …] of what the deltas hold).
+    """
+
+    keys: tuple[K, ...]
+    transform: str
+    shape: tuple[int, int]
+    rows: NDArray[Any]
+    cols: NDArray[Any]
+    values: NDArray[Any]
+
+    def separable(self) -> Separable:
+        """See `SpectralDelta.separable`; rows, columns and values are [sites, k]."""
+        return get_transform(self.transform).separable(self.rows, self.cols, self.values, self.shape)
+
+
+def stacked(deltas: Mapping[K, SpectralDelta]) -> list[Stack[K]]:
+    """``deltas`` in as few stacks as they allow: what is then done to a stack, numpy does to all its sites at once."""
+    groups: dict[Any, list[K]] = {}
+    for key, d in deltas.items():
+        arrays = (d.rows.shape, d.cols.shape, d.values.shape, d.rows.dtype, d.cols.dtype, d.values.dtype)
+        groups.setdefault((d.transform, d.shape, arrays), []).append(key)
+    stacks = []
+    for (transform, shape, _), keys in groups.items():
+        rows, cols, values = (np.array([getattr(deltas[key], part) for key in keys]) for part in _PARTS)
+        stacks.append(Stack(tuple(keys), transform, shape, rows, cols, values))
+    return stacks

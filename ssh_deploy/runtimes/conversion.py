@@ -3,6 +3,9 @@
 How numbers are laid out is the exporter's business (`graph.bank_file`); here is what makes it safe to do it at run
 time: modules matched to slots, orders of this release compared with the folder's, and for files that are rows
 already the guard, the number of rows, places inside their sites and finite values.
+
+What depends on the open folder alone is settled once and kept as long as the few last used folders: its layout, and
+which slots a list of modules means. Nothing is kept of a file.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
+from ssh_deploy.transforms import get_transform
 from ssh_deploy.transforms.base import Axis
 
 _NO_SLOTS = "Export the base again with its adapters (`--mode sidecar`), or with --sites and --kinds."
@@ -80,20 +84,21 @@ def rows_of_adapter(
     if folder.guard is None:
         raise AdapterMismatchError(f"{adapter.source}: {folder.root} was exported without slots.", hint=_NO_SLOTS)
     try:
-        config = read_json(folder.root, "config.json") if rename else None
-        places = match_modules(adapter.deltas, [site.module for site in folder.sites], config=config)
+        places = _places(folder, tuple(adapter.deltas), rename)
     except AdapterMismatchError as error:
         raise AdapterMismatchError(
             f"{adapter.source}: {error.what}",
             hint=f"{error.hint} `ssh-deploy add {folder.root} NAME={adapter.source}` also knows the names that "
             "transformers changed; serving does not import it. New slots need an export with `--sites`.",
         ) from error
-    for delta in adapter.deltas.values():
-        if isinstance(delta, SpectralDelta) and delta.axis.name in folder.kinds:
-            for side in delta.shape:
-                _check_order(delta.axis, side, folder)
+    spectra = {(d.transform, d.shape) for d in adapter.deltas.values() if isinstance(d, SpectralDelta)}
+    for transform, shape in spectra:
+        axis = get_transform(transform).axis
+        if axis.name in folder.kinds:
+            for side in shape:
+                _check_order(axis, side, folder)
     kinds: dict[str, dict[str, NDArray[Any]]] = {}
-    for name, array in adapter_rows(adapter, _layout(folder, inputs), places).items():
+    for name, array in adapter_rows(adapter, _layout(folder, tuple(inputs.values())), places).items():
         kinds.setdefault(kind_of(name), {})[name] = array
     return kinds
 
@@ -128,16 +133,23 @@ def head_labels(where: str, count: int | None, labels: tuple[str, ...], base: tu
     return labels or tuple(f"LABEL_{i}" for i in range(count))
 
 
-def _layout(folder: Folder, inputs: Mapping[str, Input]) -> Layout:
+@lru_cache(maxsize=64)
+def _places(folder: Folder, modules: tuple[str, ...], rename: bool) -> dict[str, str]:
+    config = read_json(folder.root, "config.json") if rename else None
+    return match_modules(modules, [site.module for site in folder.sites], config=config)
+
+
+@lru_cache(maxsize=8)
+def _layout(folder: Folder, inputs: tuple[Input, ...]) -> Layout:
     """The graph's adapter inputs as the exporter describes them; the head that gives the labels comes last."""
     heads = []
-    for name, entry in inputs.items():
-        if kind_of(name) == "head" and name.endswith(".weight"):
+    for entry in inputs:
+        if kind_of(entry.name) == "head" and entry.name.endswith(".weight"):
             _, out, inn = entry.shape
-            module = name.removeprefix("adapter_head.").removesuffix(".weight")
+            module = entry.name.removeprefix("adapter_head.").removesuffix(".weight")
             heads.append((module, int(inn or 0), out if isinstance(out, int) else 0))
     heads.sort(key=lambda head: head[2] == 0)
-    values = next((entry for name, entry in inputs.items() if name.endswith("_values")), None)
+    values = next((entry for entry in inputs if entry.name.endswith("_values")), None)
     return Layout(
         sites=tuple((site.module, site.inn, site.out) for site in folder.sites),
         kinds=folder.kinds,

@@ -92,7 +92,7 @@ class Folder:
         from ssh_deploy.checkpoints.safefile import open_safefile
 
         path = contained(self.root, FINGERPRINT)
-        file = open_safefile(path, error=DeploymentError)
+        file = open_safefile(path, error=DeploymentError, mapped=False)
         try:
             shapes = json.loads(file.metadata.get("sites", ""))
             sites = {name: SiteSample(tuple(map(int, shapes[name])), t) for name, t in file.tensors.items()}
@@ -113,7 +113,7 @@ class Folder:
             return {}
         from ssh_deploy.checkpoints.safefile import open_safefile
 
-        return dict(open_safefile(contained(self.root, BASE_HEAD), error=DeploymentError).tensors)
+        return dict(open_safefile(contained(self.root, BASE_HEAD), error=DeploymentError, mapped=False).tensors)
 
 
 def open_folder(path: str | Path) -> Folder:

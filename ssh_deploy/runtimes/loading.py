@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.reading import read_adapter
+from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.errors import DeploymentError, FingerprintError
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.conversion import head_count, head_labels, rows_of_adapter, rows_of_file
@@ -126,7 +128,7 @@ def _verified(adapter: Adapter, folder: Folder) -> bool:
     Raises:
         FingerprintError: it is another's.
     """
-    samples = folder.samples() if adapter.fingerprint is not None else None
+    samples = _samples(folder) if adapter.fingerprint is not None else None
     if adapter.fingerprint is None or samples is None:
         log.warning("%s: base unverified: no fingerprint to compare with %s's", adapter.source, folder.base)
         return False
@@ -137,6 +139,12 @@ def _verified(adapter: Adapter, folder: Folder) -> bool:
             hint=f"It names {adapter.base or 'no base'}; use the deployment that was exported from that base.",
         )
     return True
+
+
+@lru_cache(maxsize=8)
+def _samples(folder: Folder) -> Fingerprint | None:
+    """The folder's samples, read and checked once for as long as it is open (and a few others)."""
+    return folder.samples()
 
 
 class _SiteShapes(Mapping[str, tuple[int, int]]):

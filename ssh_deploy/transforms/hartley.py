@@ -70,9 +70,9 @@ class JointHartley:
         u, v = rows.astype(np.int64), cols.astype(np.int64)
         minus_u, minus_v = (shape[0] - u) % shape[0], (shape[1] - v) % shape[1]
         return Separable(
-            np.concatenate([u, minus_u, u, minus_u]),
-            np.concatenate([v, v, minus_v, minus_v]),
-            np.concatenate([values, values, values, -values]),
+            np.concatenate([u, minus_u, u, minus_u], axis=-1),
+            np.concatenate([v, v, minus_v, minus_v], axis=-1),
+            np.concatenate([values, values, values, -values], axis=-1),
             0.5,
         )
 

@@ -1,18 +1,21 @@
 """Rows, banks and `.onnx_adapter` files: layout, padding, guard, refusals."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.deltas.spectral import SpectralDelta, stacked
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, GraphError, OutputError
-from ssh_deploy.graph.bank_file import Layout, adapter_rows, spectral_row, stack_rows, write_onnx_adapter
+from ssh_deploy.graph.bank_file import Layout, adapter_rows, stack_rows, write_onnx_adapter
 from ssh_deploy.graph.guard import add_guard, guard_shape
 from ssh_deploy.graph.precision import store_half
-from ssh_deploy.testing import random_adapter
+from ssh_deploy.testing import random_adapter, sparse_spectrum
 from ssh_deploy.transforms import get_transform
 
 SITES = (("a.q", 36, 24), ("a.v", 36, 24), ("b.q", 24, 13))
@@ -39,23 +42,94 @@ def head(labels, *, seed=0, dense=True):
     return ({"dense": {"weight": rng.normal(size=(6, 6)), "bias": np.ones(6)}} if dense else {}) | made
 
 
-def test_one_site_is_renumbered_and_rows_descend():
-    adapter = random_adapter({"q": (24, 36)}, n=50)
-    delta = adapter.deltas["q"]
-    values, rows, cols, scale = spectral_row(delta)
-    assert (np.diff(rows) <= 0).all()
-    back = [np.argsort(get_transform("hartley").axis.two_stage(n).order) for n in (24, 36)]
-    mine = {(back[0][r], back[1][c]): v for r, c, v in zip(rows, cols, values, strict=True)}
-    assert mine == {(r, c): v for r, c, v in zip(delta.rows, delta.cols, delta.values, strict=True)}
-    assert scale == delta.gain
+def site_definition(delta):
+    """Values, rows, columns and scale of one site, as plainly as can be: renumbered, by row descending, then column."""
+    spectrum = delta.separable()
+    order = [get_transform(delta.transform).axis.two_stage(n).order for n in delta.shape]
+    rows, cols = order[0][spectrum.rows], order[1][spectrum.cols]
+    sort = sorted(range(rows.size), key=lambda k: (-rows[k], cols[k], k))
+    return spectrum.values[sort], rows[sort], cols[sort], delta.gain * spectrum.factor
+
+
+def adapter_definition(adapter, layout, places):
+    """`adapter_rows` of a spectral adapter, site by site and number by number."""
+    made = {}
+    for kind, prefix in (("hartley", "adapter_"), ("cosine", "adapter_cosine_")):
+        sites = {places[m]: site_definition(d) for m, d in adapter.deltas.items() if d.axis.name == kind}
+        if not sites:
+            continue
+        n = max(values.size for values, *_ in sites.values())
+        dtypes = {
+            "values": layout.adapter_dtype,
+            "rows": layout.place_dtype,
+            "cols": layout.place_dtype,
+            "scales": "float32",
+        }
+        for part, dtype in dtypes.items():
+            made[prefix + part] = np.zeros((len(layout.sites), n)[: 1 if part == "scales" else 2], dtype)
+        for row, (module, *_) in enumerate(layout.sites):
+            if module in sites:
+                values, rows, cols, scale = sites[module]
+                for part, numbers in (("values", values), ("rows", rows), ("cols", cols)):
+                    for k, number in enumerate(numbers):
+                        made[prefix + part][row, k] = number
+                made[f"{prefix}scales"][row] = scale
+    return made
+
+
+@st.composite
+def spectral_adapters(draw):
+    """Adapters whose sites differ in n, transform, α, norm and dtypes, or agree, in any order of modules."""
+    modules = draw(st.permutations([f"m.{module}" for module, *_ in SITES]))[: draw(st.integers(1, 3))]
+    shapes = {f"m.{module}": (out, inn) for module, inn, out in SITES}
+    common = draw(st.booleans())
+    kinds, lengths = st.sampled_from(["hartley", "hartley-joint", "cosine"]), st.integers(0, 60)
+    kind, n = draw(kinds), draw(lengths)
+    deltas = {}
+    for module in modules:
+        kind, n = (kind, n) if common else (draw(kinds), draw(lengths))
+        rows, cols, values = sparse_spectrum(np.random.default_rng(draw(st.integers(0, 99))), shapes[module], n)
+        if draw(st.booleans()):  # many coefficients of joint spectra then fall on one place
+            keep = np.unique(np.stack([rows % 2 * (shapes[module][0] // 2), cols % 3]), axis=1, return_index=True)[1]
+            rows, cols, values = (rows % 2 * (shapes[module][0] // 2))[keep], (cols % 3)[keep], values[keep]
+        if not common and draw(st.booleans()):
+            rows, cols = rows.astype(np.int32), cols.astype(np.int32)
+        values = values.astype(draw(st.sampled_from([np.float16, np.float32])))
+        norm = draw(st.sampled_from(["ortho", "backward"]))
+        deltas[module] = SpectralDelta(shapes[module], kind, rows, cols, values, draw(st.floats(-9, 9)), norm)
+    return replace(random_adapter({}), deltas=deltas)
+
+
+@settings(max_examples=150, deadline=None)
+@given(adapter=spectral_adapters(), dtype=st.sampled_from(["float16", "float32"]))
+def test_all_sites_at_once_are_bit_for_bit_what_each_is_alone(adapter, dtype):
+    own, places = layout(adapter_dtype=dtype), {f"m.{module}": module for module, *_ in SITES}
+    got, want = adapter_rows(adapter, own, places), adapter_definition(adapter, own, places)
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape), name
+        assert got[name].tobytes() == array.tobytes(), name
+
+
+def test_sites_of_one_shape_and_length_are_one_stack():
+    adapter = random_adapter({"a": (24, 36), "b": (24, 36), "c": (36, 24)}, n=9)
+    assert [stack.keys for stack in stacked(adapter.deltas)] == [("a", "b"), ("c",)]
 
 
 def test_joint_spectra_take_four_coefficients_each():
-    delta = random_adapter({"q": (24, 36)}, n=7, transform="hartley-joint").deltas["q"]
-    values, rows, _, scale = spectral_row(delta)
-    assert values.size == 28
-    assert (np.diff(rows) <= 0).all()
-    assert scale == delta.gain * 0.5
+    adapter = random_adapter({"m.a.q": (24, 36)}, n=7, transform="hartley-joint")
+    rows = adapter_rows(adapter, layout(), PLACES)
+    assert np.count_nonzero(rows["adapter_values"][0]) == 28
+    assert rows["adapter_scales"][0] == np.float32(adapter.deltas["m.a.q"].gain * 0.5)
+
+
+def test_more_places_than_can_be_numbered_are_refused_before_anything_is_made():
+    delta = SpectralDelta(
+        (1 << 24, 1 << 24), "hartley", *np.zeros((2, 1 << 16), np.uint32), np.ones(1 << 16, np.float16), 1.0, "ortho"
+    )
+    adapter = replace(random_adapter({}), deltas={"m.a.q": delta})
+    with pytest.raises(AdapterMismatchError, match=r"65536 coefficients in a weight of 16777216×16777216.*63 bits"):
+        adapter_rows(adapter, layout(sites=(("a.q", 1 << 24, 1 << 24),)), PLACES)
 
 
 def test_rows_of_an_adapter():
