@@ -1,28 +1,34 @@
 """Resident adapters of one kind: contiguous arrays with a row each, lent to runs without a copy.
 
-A bank is the arrays that a graph's optional inputs of one kind take, ``[rows, …]`` each; a run feeds them whole
-and says with ids which row each of its own rows wants. Row 0 is empty: id 0 is the base.
+A bank is the arrays that a graph's optional inputs of one kind take, ``[rows, …]`` each; a run feeds them whole and
+says with ids which row each of its own rows wants. Row 0 is empty: id 0 is the base.
 
-**Who may write when.** A run reads the arrays while other threads load and unload. Rows that a run was lent are
-never written: unloading takes the name away and leaves the row until the last run that was lent it ends, loading
-writes only rows that nobody owns and nobody reads. Growing and shrinking make new arrays; runs keep the old ones.
-So a run sees the adapters it began with, bit for bit, whatever is loaded meanwhile. Not locked in itself: the
-deployment's one lock covers all its banks, since an adapter may hold a row in several.
+**Reserved once.** All rows that the budget could ever hold are reserved when the deployment opens, as anonymous
+memory whose pages the system gives out at the first write. So loading is a copy into a row, nothing is ever moved
+under a run, and ONNX Runtime sees arrays of one shape for ever (it plans memory anew for every shape it meets).
+Rows are as wide as the bank, set at opening: a wider adapter is refused, never allowed to widen every row.
 
-**What it costs.** Memory is rows × the widest adapter of the kind. Arrays grow by half when rows run out and are
-rebuilt smaller when three quarters of them, or half of their width, are unused: unloading frees memory.
+**Who may write when.** A run reads the arrays while other threads load and unload. A row that a run was lent is never
+written: its owner (`residents`) frees it after the last such run. Nothing here locks; the owner's one lock does.
+
+**What it costs.** A row is the bank's whole width whatever the adapter's. A freed row gives its pages back, except
+those it shares with rows in use (a page is 4 KiB; a row of values at n = 750 in 24 sites is 36 kB). *Not covered:* on
+CUDA, ONNX Runtime copies what is fed, so the whole bank, at every run; systems other than Linux may keep freed pages.
 """
 
 from __future__ import annotations
 
+import heapq
+import math
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.errors import AdapterMismatchError
+from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.runtimes.session import Input
 
 #: ids input of each kind of bank; the kind of every other adapter input follows from its name (`kind_of`).
@@ -36,6 +42,8 @@ GUARD = "adapter_guard"
 
 #: Arrays of one adapter by input name, each without the leading row dimension.
 Rows = Mapping[str, NDArray[Any]]
+#: Size of each symbolic side of the inputs of one kind, without the leading one.
+Sizes = Mapping[str, int]
 
 
 def kind_of(name: str) -> str:
@@ -46,68 +54,63 @@ def kind_of(name: str) -> str:
     return "hartley"
 
 
-def banks_of(inputs: Iterable[Input], *, max_width: int) -> dict[str, Bank]:
-    """Empty banks for the adapter inputs of a graph, by kind."""
+def inputs_by_kind(inputs: Iterable[Input]) -> dict[str, list[Input]]:
+    """Adapter inputs that are rows of banks, by kind; neither ids nor the guard."""
     kinds: dict[str, list[Input]] = {}
     for entry in inputs:
         if entry.name != GUARD and entry.name not in IDS.values():
             kinds.setdefault(kind_of(entry.name), []).append(entry)
-    return {kind: Bank(kind, entries, max_width=max_width) for kind, entries in kinds.items()}
+    return kinds
 
 
-@dataclass(slots=True, eq=False)
-class _Table:
-    """One generation of arrays: ``owners`` name → row, ``users`` how many runs read each row."""
-
-    arrays: dict[str, NDArray[Any]]
-    widths: dict[str, int]
-    users: list[int]
-    owners: dict[str, int] = field(default_factory=dict)
-
-    def free_row(self) -> int | None:
-        taken = set(self.owners.values())
-        return next((r for r in range(1, len(self.users)) if r not in taken and not self.users[r]), None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Lease:
-    """Rows of one bank lent to one run: ``feeds`` to give to ORT; `release` when the run has ended."""
-
-    feeds: Mapping[str, NDArray[Any]]
-    _table: _Table
-    _rows: tuple[int, ...]
-
-    def release(self) -> None:
-        """The run has ended; its rows may be written again."""
-        for row in self._rows:
-            self._table.users[row] -= 1
+def row_bytes(inputs: Sequence[Input], widths: Sizes) -> int:
+    """Bytes of one row over all of ``inputs``, as wide as ``widths`` says of every symbolic side."""
+    return sum(math.prod(_side(s, widths) for s in e.shape[1:]) * np.dtype(e.dtype).itemsize for e in inputs)
 
 
 class Bank:
-    """Resident adapters of one kind."""
+    """Rows of adapters of one kind.
 
-    def __init__(self, kind: str, inputs: Sequence[Input], *, max_width: int) -> None:
-        """An empty bank for ``inputs`` (leading side: rows; other symbolic sides vary, up to ``max_width``)."""
-        self.kind = kind
+    Attributes:
+        kind: of adapters.
+        widths: of the symbolic sides of its rows.
+        row_bytes: of one row over all its arrays.
+        capacity: rows that adapters can take, row 0 not counted.
+    """
+
+    def __init__(self, kind: str, inputs: Sequence[Input], *, widths: Sizes, capacity: int) -> None:
+        """Reserve rows for ``capacity`` adapters of ``inputs``, as wide as ``widths`` says of every symbolic side.
+
+        Raises:
+            DeploymentError: the system reserves no memory of that size.
+        """
+        self.kind, self.capacity = kind, capacity
         self._inputs = {entry.name: entry for entry in inputs}
-        self._max_width = max_width
-        self._sizes: dict[str, dict[str, int]] = {}  # symbolic sides of each resident adapter
-        self._table = self._new_table(1, {})
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._table.owners
+        self.widths = {s: widths[s] for e in inputs for s in e.shape[1:] if isinstance(s, str)}
+        sides = {e.name: [_side(side, widths) for side in e.shape[1:]] for e in inputs}
+        self.row_bytes = row_bytes(inputs, widths)
+        self._blocks = {e.name: _reserve((capacity + 1, *sides[e.name]), e.dtype) for e in inputs}
+        self._arrays = {name: array for name, (_, array) in self._blocks.items()}
+        self._fills = {name: _fill(entry) for name, entry in self._inputs.items()}
+        for name, fill in self._fills.items():
+            if fill:
+                self._arrays[name][0] = fill
+        self._fresh = 1  # rows from here on were never used
+        self._freed: list[int] = []  # a heap of used ones that nobody owns
+        self._free: set[int] = set()  # the same rows
+        self._untidy: list[int] = []  # freed and perhaps still holding pages
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays as they are now."""
-        return sum(array.nbytes for array in self._table.arrays.values())
+    def used(self) -> int:
+        """Rows that are owned."""
+        return self._fresh - 1 - len(self._freed)
 
     def check(self, where: str, rows: Rows) -> dict[str, int]:
         """Sizes of the symbolic sides of ``rows``.
 
         Raises:
             AdapterMismatchError: an input missing or unknown, a dtype, rank or static side that is not the
-                graph's, sides of one name that differ, or one wider than the bank may grow.
+                graph's, sides of one name that differ, or one wider than the bank.
         """
         if set(rows) != set(self._inputs):
             raise AdapterMismatchError(
@@ -127,56 +130,61 @@ class Bank:
                     hint="It was made for another graph: convert the adapter with this folder.",
                 )
         for side, size in sizes.items():
-            if size > self._max_width:
+            if size > self.widths[side]:
+                option = "max_labels" if self.kind == "head" else "max_coefficients"
                 raise AdapterMismatchError(
-                    f"{where}: {size} {side} where a bank may grow to {self._max_width}; every resident adapter "
-                    "would take that much.",
-                    hint=f"Open the deployment with max_coefficients={size} or serve this adapter alone.",
+                    f"{where}: {size} {side} where every row of this bank holds {self.widths[side]}.",
+                    hint=f"Open the deployment with {option}={size}; every resident adapter then takes that much.",
                 )
         return sizes
 
-    def put(self, name: str, rows: Rows) -> None:
-        """Give ``name`` a row that holds ``rows`` (checked by `check`)."""
-        sizes = self.check(name, rows)
-        table = self._table
-        widths = {side: max(size, table.widths.get(side, 0)) for side, size in sizes.items()}
-        row = table.free_row()
-        if row is None or widths != table.widths:
-            count = len(table.users)
-            self._rebuild(count if row is not None else max(len(table.owners) + 2, count + count // 2), widths)
-            row = self._table.free_row()
-        assert row is not None
-        for key, array in self._table.arrays.items():
-            _write(array[row], rows[key], _fill(key))
-        self._sizes[name] = sizes
-        self._table.owners[name] = row
+    def put(self, rows: Rows) -> int:
+        """Copy ``rows`` (checked by `check`) into the lowest free row and pad it; returns the row."""
+        if self._freed:
+            row = heapq.heappop(self._freed)
+            self._free.discard(row)
+        else:
+            row = self._fresh
+            self._fresh += 1
+        for name, array in self._arrays.items():
+            _write(array[row], rows[name], self._fills[name])
+        return row
 
-    def drop(self, name: str) -> None:
-        """Take the row away from ``name``; runs that were lent it keep it until they end."""
-        del self._table.owners[name], self._sizes[name]
-        held, count = len(self._table.owners) + 1, len(self._table.users)
-        widths = self._needed()
-        narrow = any(2 * widths.get(side, 0) <= width for side, width in self._table.widths.items())
-        if 4 * held <= count or (narrow and held > 1) or held == 1:
-            self._rebuild(held, widths)
+    def free(self, row: int) -> None:
+        """Nobody owns or reads ``row`` any more; its pages stay until `give_back`."""
+        heapq.heappush(self._freed, row)
+        self._free.add(row)
+        self._untidy.append(row)
 
-    def lease(self, names: Sequence[str | None]) -> Lease | None:
-        """Lend the rows of ``names`` (None: the empty row) to one run; None when no name has a row here.
+    def give_back(self) -> None:
+        """Give the system the pages of rows freed since the last call and still free, but those that others share."""
+        while self._untidy:
+            row = self._untidy.pop()
+            if row in self._free:
+                self._give_back(row)
 
-        One adapter for the whole batch is lent as a bank of that one row, whose ids are the graph's default.
+    def alone(self, row: int, sizes: Sizes) -> dict[str, NDArray[Any]]:
+        """Feeds for a batch that uses ``row`` throughout: a bank of that one row, whose ids are the graph's default.
+
+        Views; a first side is cut to ``sizes``, so that a head answers with its own labels.
         """
-        table = self._table
-        ids = np.array([table.owners.get(name, 0) if name is not None else 0 for name in names], dtype=np.int64)
-        if not ids.any():
-            return None
-        rows = tuple(np.unique(ids).tolist())
-        for row in rows:
-            table.users[row] += 1
-        if len(rows) == 1:
-            row = rows[0]
-            feeds = {key: array[row : row + 1] for key, array in table.arrays.items()}
-            return Lease(feeds, table, rows)
-        return Lease({**table.arrays, IDS[self.kind]: ids}, table, rows)
+        feeds = {}
+        for name, array in self._arrays.items():
+            one = array[row : row + 1]
+            shape = self._inputs[name].shape
+            feeds[name] = one[:, : sizes[shape[1]]] if len(shape) > 1 and isinstance(shape[1], str) else one
+        return feeds
+
+    def mixed(self, ids: Sequence[int]) -> dict[str, NDArray[Any]]:
+        """Feeds for a batch of several: the whole bank, and ``ids`` (rows here) as int64 [batch]."""
+        return {**self._arrays, IDS[self.kind]: np.array(ids, dtype=np.int64)}
+
+    def copy(self, row: int, sizes: Sizes) -> dict[str, NDArray[Any]]:
+        """What was put into ``row``, copied out without its padding."""
+        return {
+            name: array[row][tuple(slice(0, _side(s, sizes)) for s in self._inputs[name].shape[1:])].copy()
+            for name, array in self._arrays.items()
+        }
 
     def empty(self) -> dict[str, NDArray[Any]]:
         """Feeds that mean "no adapter", for graphs whose adapter inputs have no defaults."""
@@ -186,35 +194,55 @@ class Bank:
         }
         return {**feeds, IDS[self.kind]: np.zeros(1, dtype=np.int64)}
 
-    def _needed(self) -> dict[str, int]:
-        widths: dict[str, int] = {}
-        for sizes in self._sizes.values():
-            widths = {side: max(size, widths.get(side, 0)) for side, size in sizes.items()}
-        return widths
+    def _give_back(self, row: int) -> None:
+        page = mmap.PAGESIZE
+        for block, array in self._blocks.values():
+            size = math.prod(array.shape[1:]) * array.itemsize
+            if not size or not hasattr(block, "madvise"):
+                continue
+            first, last = row * size, (row + 1) * size
+            start, stop = first // page * page, -(-last // page) * page
+            if start < first and not self._all_free(range(row - 1, start // size - 1, -1)):
+                start += page
+            if stop > last and not self._all_free(range(row + 1, min(-(-stop // size), self.capacity + 1))):
+                stop -= page
+            if start < stop:
+                block.madvise(mmap.MADV_DONTNEED, start, min(stop, len(block)) - start)
 
-    def _rebuild(self, count: int, widths: dict[str, int]) -> None:
-        old, new = self._table, self._new_table(count, widths)
-        for row, (name, before) in enumerate(old.owners.items(), start=1):
-            for key, array in new.arrays.items():
-                source = old.arrays[key][before]
-                _write(array[row], source[tuple(slice(0, n) for n in array.shape[1:])], _fill(key))
-            new.owners[name] = row
-        self._table = new
-
-    def _new_table(self, count: int, widths: dict[str, int]) -> _Table:
-        arrays = {}
-        for key, entry in self._inputs.items():
-            sides = [widths.get(s, 0) if isinstance(s, str) else int(s or 0) for s in entry.shape[1:]]
-            arrays[key] = np.full([count, *sides], _fill(key), dtype=entry.dtype)
-        return _Table(arrays, dict(widths), [0] * count)
+    def _all_free(self, rows: range) -> bool:
+        """No row of ``rows`` is owned; row 0 is, those never used are not."""
+        return all(row >= self._fresh or row in self._free for row in rows)
 
 
-def _fill(name: str) -> float:
+def _side(side: int | str | None, sizes: Sizes) -> int:
+    return sizes[side] if isinstance(side, str) else int(side or 0)
+
+
+def _fill(entry: Input) -> float:
     """What pads a row to the bank's width: nothing, and −∞ for the bias of labels that a head has not."""
-    return -np.inf if kind_of(name) == "head" and name.endswith(".bias") else 0
+    return -np.inf if kind_of(entry.name) == "head" and entry.name.endswith(".bias") and "labels" in entry.shape else 0
 
 
 def _write(target: NDArray[Any], source: NDArray[Any], fill: float) -> None:
     if target.shape != source.shape:
         target[...] = fill
     target[tuple(slice(0, n) for n in source.shape)] = source
+
+
+def _reserve(shape: tuple[int, ...], dtype: Any) -> tuple[mmap.mmap, NDArray[Any]]:
+    """Zeros of ``shape`` on memory that is reserved and not yet given out, and the block they lie in."""
+    size = max(math.prod(shape) * np.dtype(dtype).itemsize, 1)
+    try:
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) if _POSIX else mmap.mmap(-1, size)
+    except (OSError, ValueError, OverflowError) as error:
+        raise DeploymentError(
+            f"The system reserves no {size:,} bytes for a bank of {shape[0]:,} rows: {error}.",
+            hint="Open the deployment with less `memory=`.",
+        ) from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would be given out whole for one row
+        with suppress(OSError):  # a kernel without huge pages
+            block.madvise(mmap.MADV_NOHUGEPAGE)
+    return block, np.frombuffer(block, dtype=dtype, count=math.prod(shape)).reshape(shape)
+
+
+_POSIX = hasattr(mmap, "MAP_PRIVATE")

@@ -9,8 +9,10 @@ since it was exported, an adapter of another base, a row without a head. Which a
 under one lock, and their rows stay untouched until its run has ended (`bank`). ONNX Runtime reads arrays that the
 deployment owns; nothing is lent whose lifetime ORT would have to guard.
 
-**What it costs.** A run feeds a few arrays by reference (µs, whatever the number of resident adapters). Loading is
-one file read and one row written. Importing this module imports neither torch, transformers nor onnx.
+**What it costs.** A run feeds a few arrays by reference (µs, whatever the number of resident adapters) and looks at
+each adapter's file once (a ``stat``), so that a changed file is a new adapter. Loading is one file read and one row
+written. Adapters take at most ``memory``; the longest idle are evicted and read again at their next use.
+Importing this module imports neither torch, transformers nor onnx.
 """
 
 from __future__ import annotations
@@ -27,8 +29,12 @@ from numpy.typing import NDArray
 from ssh_deploy.errors import DeploymentError
 from ssh_deploy.runtimes.answers import Adapters, Prediction, joined, names_per_row, prediction
 from ssh_deploy.runtimes.bank import GUARD
+from ssh_deploy.runtimes.budget import DEFAULT_MEMORY, HowManyFit, how_many_fit, make_banks, parse_bytes, widths_of
+from ssh_deploy.runtimes.catalogue import Catalogue
 from ssh_deploy.runtimes.folder import MODEL, Folder, check_name, contained, open_folder
-from ssh_deploy.runtimes.residents import Part, Residents
+from ssh_deploy.runtimes.lending import Part, lent_to
+from ssh_deploy.runtimes.loading import Loaded
+from ssh_deploy.runtimes.residents import Residents
 from ssh_deploy.runtimes.session import Session
 from ssh_deploy.runtimes.texts import Texts
 
@@ -41,7 +47,8 @@ CLASSIFY, EMBED = "text-classification", "feature-extraction"
 class AdapterEntry:
     """An adapter this deployment can answer with.
 
-    ``state``: ``resident``, ``stored`` (in the folder, loaded at first use) or ``unloaded``. ``verified``: True
+    ``state``: ``resident``; ``stored`` (in the folder) or ``evicted`` (loaded from elsewhere), read again at the next
+    use; or ``unloaded``, refused until it is loaded again. ``verified``: True
     when its fingerprint matched the base's, False for "base unverified", None when the folder does not say.
     """
 
@@ -57,7 +64,7 @@ class AdapterEntry:
 class Deployment:
     """An exported folder, open. All methods are safe from several threads."""
 
-    def __init__(self, folder: Folder, session: Session, *, max_coefficients: int) -> None:
+    def __init__(self, folder: Folder, session: Session, *, budget: int, widths: Mapping[str, int]) -> None:
         """Use `Deployment.open`."""
         guard = session.adapter_inputs.get(GUARD)
         shape = None if guard is None else tuple(guard.shape)
@@ -68,7 +75,9 @@ class Deployment:
             )
         self.folder = folder
         self._session = session
-        self._residents = Residents(folder, session, max_width=max_coefficients)
+        inputs = session.adapter_inputs
+        self._residents = Residents(make_banks(folder, inputs, widths, budget), budget=budget)
+        self._catalogue = Catalogue(folder, inputs, self._residents)
         self._texts: Texts | None = None
         self._texts_lock = threading.Lock()
         self._closed = False
@@ -79,7 +88,9 @@ class Deployment:
         path: str | Path,
         *,
         threads: int | None = None,
-        max_coefficients: int = 16_384,
+        memory: int | str = DEFAULT_MEMORY,
+        max_coefficients: int | None = None,
+        max_labels: int | None = None,
         providers: Sequence[str] | None = None,
     ) -> Deployment:
         """Open the folder that ``ssh-deploy export --onnx`` wrote.
@@ -87,16 +98,24 @@ class Deployment:
         Args:
             path: the folder.
             threads: of one operator; None lets ONNX Runtime use all cores.
-            max_coefficients: widest spectrum that may be loaded; every resident adapter takes that much room.
+            memory: bytes, or text such as ``512MiB``, that resident adapters and their heads may take. It is reserved
+                now and taken from the system as adapters are loaded.
+            max_coefficients: n of the widest adapter that may be loaded; every resident adapter takes that much room.
+                None: that of the folder's widest, 1,024 when it has none.
+            max_labels: of the widest head that may be loaded, likewise; None: the folder's widest, at least 64.
             providers: ONNX Runtime's execution providers; None takes CUDA where it is there, else the CPU.
 
         Raises:
-            DeploymentError: no exported folder, a damaged one, or one of an unknown contract.
+            DeploymentError: no exported folder, a damaged one, one of an unknown contract, or less ``memory`` than
+                one adapter takes.
             DependencyError: onnxruntime is not installed.
         """
+        budget = parse_bytes(memory)
         folder = open_folder(path)
         session = Session(contained(folder.root, MODEL), threads=threads, providers=providers)
-        return cls(folder, session, max_coefficients=max_coefficients)
+        inputs = session.adapter_inputs
+        widths = widths_of(folder, inputs, max_coefficients=max_coefficients, max_labels=max_labels)
+        return cls(folder, session, budget=budget, widths=widths)
 
     def __enter__(self) -> Deployment:
         return self
@@ -108,66 +127,86 @@ class Deployment:
         """Let go of the model and all adapters; later calls are refused."""
         self._closed = True
         self._texts = None
-        self._residents = Residents(self.folder, self._session, max_width=0)
+        self._catalogue.close()
+        self._residents = Residents({}, budget=0)  # runs that go on keep what they were lent
+        self._catalogue = Catalogue(self.folder, {}, self._residents)
         self._session.close()
 
     @property
     def adapters(self) -> dict[str, AdapterEntry]:
         """Adapters by name: those of the folder and those loaded."""
-        entries = {
-            name: AdapterEntry(
-                name=name,
-                state="unloaded" if name in self._residents.unloaded else "stored",
-                family=stored.family,
-                labels=stored.labels or self.folder.labels,
-                task=stored.task,
-                digest=stored.sha256,
-                verified=stored.verified,
-            )
-            for name, stored in self.folder.adapters.items()
-        }
-        for name, loaded in self._residents.table().items():
-            entries[name] = AdapterEntry(
-                name, "resident", loaded.family, loaded.labels, loaded.task, loaded.digest, loaded.verified
-            )
-        return entries
+        known = self._catalogue.table()
+        return {name: self._entry(name, known.get(name)) for name in [*self.folder.adapters, *known]}
 
     @property
     def nbytes(self) -> int:
-        """Bytes that resident adapters take."""
-        return self._residents.nbytes
+        """Bytes that resident adapters take, heads included."""
+        return self._residents.used
 
-    def load(self, name: str, path: str | Path | None = None) -> AdapterEntry:
-        """Make an adapter resident: one of the folder, or a file under a new name.
+    def how_many_fit(self) -> HowManyFit:
+        """Bytes of an adapter and of a head, how many the budget holds, and how many there are."""
+        return how_many_fit(self._residents)
+
+    def load(self, name: str, path: str | Path | None = None, *, pin: bool = False) -> AdapterEntry:
+        """Make an adapter resident: one of the folder, or a file under a new name or in place of an older one.
+
+        Once it returns, ``name`` never answers from other content; runs that go on finish with what they began with.
 
         Args:
             name: 1 to 128 of ``A-Z a-z 0-9 . _ -``.
-            path: an ``.onnx_adapter`` made for this folder, a compact file or a PEFT folder; None: the folder's own.
+            path: an ``.onnx_adapter`` made for this folder, a compact file or a PEFT folder; None: the folder's own,
+                or the path loaded before.
+            pin: as `pin` does.
 
         Raises:
             UnknownNameError: no such name in the folder, or no name at all.
-            DeploymentError: the name is taken by something else, or a file that changed since it was exported.
-            AdapterFileError, AdapterMismatchError, FingerprintError: a broken or foreign adapter.
+            DeploymentError: the name is one of the folder's, a file that changed since it was exported, or no room
+                beside what is pinned.
+            AdapterFileError, AdapterMismatchError, FingerprintError: a broken, foreign or too wide adapter.
         """
         self._check_open()
-        self._residents.load(check_name(name), None if path is None else Path(path))
-        return self.adapters[name]
+        self._catalogue.load(check_name(name), None if path is None else Path(path), pin=pin)
+        return self._entry(name, self._catalogue.known(name))
 
-    def unload(self, name: str) -> None:
-        """Forget a resident adapter and free its row; running batches finish with it, later ones are refused.
+    def unload(self, name: str, *, timeout: float | None = None) -> None:
+        """Forget an adapter: new requests are refused at once, and its memory is freed when its runs have ended.
+
+        Args:
+            name: resident or evicted.
+            timeout: seconds to wait for its runs; None: as long as they take.
 
         Raises:
-            UnknownNameError: not resident.
+            UnknownNameError: not loaded.
+            DeploymentError: still in use after ``timeout``; it stays loaded.
         """
         self._check_open()
-        self._residents.unload(check_name(name))
+        self._catalogue.unload(check_name(name), timeout=timeout)
+
+    def pin(self, name: str) -> None:
+        """Make an adapter resident and never evict it.
+
+        Raises:
+            UnknownNameError: no such name. Else as `load`.
+        """
+        self._check_open()
+        self._catalogue.pin(check_name(name), pinned=True)
+
+    def unpin(self, name: str) -> None:
+        """Let an adapter be evicted again.
+
+        Raises:
+            UnknownNameError: no such name.
+        """
+        self._check_open()
+        self._catalogue.pin(check_name(name), pinned=False)
 
     def predict(self, texts: Sequence[str], adapters: Adapters = None, *, batch_size: int = 32) -> list[Any]:
         """Answer texts, each with its own adapter.
 
         Args:
             texts: one row each.
-            adapters: a name for all, a list of one name (or None, the base) per text, or None for the base.
+            adapters: a name for all, a list of one name (or None, the base) per text, or None for the base. A name
+                may be a sum, ``"spam+0.5*style"`` (`sums`).
             batch_size: most rows of one run.
 
         Returns:
@@ -244,8 +283,10 @@ class Deployment:
     ) -> tuple[dict[str, NDArray[Any]], list[tuple[str, ...]]]:
         """Outputs of one batch, and the labels of each row's head; ``headed``: refuse a row without one."""
         self._check_open()
-        self._residents.fetch(names)
-        with self._residents.lend(names, logits=LOGITS in outputs, headed=headed) as lent:
+        residents = self._residents
+        with self._catalogue.lend(names) as held:
+            contents = [None if name is None else held[name] for name in names]
+            lent = lent_to(names, contents, residents.banks, self.folder, logits=LOGITS in outputs, headed=headed)
             answers = [self._run_part(feeds, part, outputs) for part in lent.parts]
         if len(answers) == 1:
             return answers[0], lent.labels
@@ -257,9 +298,26 @@ class Deployment:
     ) -> dict[str, NDArray[Any]]:
         base: dict[str, NDArray[Any]] = {}
         if self.folder.required and self.folder.guard is not None:
-            base = {GUARD: np.zeros(self.folder.guard, dtype=np.uint8)} | self._residents.empty()
+            base = {GUARD: np.zeros(self.folder.guard, dtype=np.uint8)}
+            for bank in self._residents.banks.values():
+                base |= bank.empty()
         own = {name: array[part.rows] for name, array in feeds.items()}
-        return self._session.run(base | own | part.feeds, outputs)
+        answers = self._session.run(base | own | part.feeds, outputs)
+        if part.labels is not None and LOGITS in answers:  # a bank's heads are as wide as its widest may be
+            answers[LOGITS] = answers[LOGITS][..., : part.labels]
+        return answers
+
+    def _entry(self, name: str, known: tuple[Loaded, bool] | None) -> AdapterEntry:
+        stored = self.folder.adapters.get(name)
+        if known is not None:
+            loaded, resident = known
+            state = "resident" if resident else "evicted" if stored is None else "stored"
+            return AdapterEntry(name, state, loaded.family, loaded.labels, loaded.task, loaded.digest, loaded.verified)
+        if stored is None:  # another thread unloaded it just now
+            raise self._catalogue.absent(name)
+        state = "unloaded" if name in self._catalogue.unloaded else "stored"
+        labels = stored.labels or self.folder.labels
+        return AdapterEntry(name, state, stored.family, labels, stored.task, stored.sha256, stored.verified)
 
     def _tokens(self) -> Texts:
         self._check_open()
