@@ -211,8 +211,8 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
             f"{n} coefficients in a weight of {stack.shape[0]}×{stack.shape[1]} are more than 63 bits can number.",
             hint="No weight is that large; the adapter and the folder are forged.",
         )
-    rows = (stack.shape[0] - 1) - _order(axis, stack.shape[0])[spectrum.rows]
-    cols = _order(axis, stack.shape[1])[spectrum.cols]
+    down, across = (output_order(axis, size)[1] for size in stack.shape)
+    rows, cols = (stack.shape[0] - 1) - down[spectrum.rows], across[spectrum.cols]
     packed = rows << (inner + last) | cols << last | np.arange(n)
     packed.sort(axis=-1)
     values = spectrum.values.reshape(-1)[(packed & ((1 << last) - 1)) + np.arange(sites)[:, None] * n]
@@ -221,8 +221,10 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
 
 
 @lru_cache(maxsize=64)
-def _order(axis: str, n: int) -> NDArray[np.int64]:
-    return get_transform(axis).axis.two_stage(n).order
+def output_order(axis: str, n: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
+    """Factors (p, q) and output order of the graph's transform of length ``n``; see `TwoStage`."""
+    stages = get_transform(axis).axis.two_stage(n)
+    return (stages.p, stages.q), stages.order
 
 
 def _heads(adapter: Adapter, layout: Layout) -> Arrays:

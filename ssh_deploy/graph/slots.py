@@ -88,8 +88,9 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     table = index_table(groups)
     sides = {call.module: (call.outputs, call.inputs) for call in wanted}
     shapes = [sides[name] for name in table]
+    sizes = _group_sizes(groups, table)
     banks = [
-        _spectral_bank(graph, first, kind, plan, batch, shapes, _group_of(groups, table))
+        _spectral_bank(graph, first, kind, plan, batch, shapes, sizes)
         for kind in plan.kinds
         if kind in PREFIXES and table
     ]
@@ -111,14 +112,13 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     return Slotted(rows, tuple((call.module, call.inputs, call.outputs) for call in head_calls))
 
 
-def _group_of(groups: Sequence[Sequence[Call]], table: Mapping[str, int]) -> list[tuple[int, int]]:
-    """(first row, size) of the group of each row of the table."""
-    found: dict[int, tuple[int, int]] = {}
+def _group_sizes(groups: Sequence[Sequence[Call]], table: Mapping[str, int]) -> list[int]:
+    """How many rows of the table each group has, in the table's order; groups of the same modules count once."""
+    found = {}
     for group in groups:
-        rows = sorted({table[call.module] for call in group})
-        for row in rows:
-            found[row] = (rows[0], len(rows))
-    return [found[row] for row in range(len(table))]
+        rows = {table[call.module] for call in group}
+        found[min(rows)] = len(rows)
+    return [size for _, size in sorted(found.items())]
 
 
 def _input(
@@ -150,7 +150,7 @@ def _spectral_bank(
     plan: Plan,
     batch: ir.Value,
     shapes: Sequence[tuple[int, int]],
-    groups: Sequence[tuple[int, int]],
+    groups: Sequence[int],
 ) -> spectral.SpectralBank:
     prefix = PREFIXES[kind]
     dims = prefix.removeprefix("adapter_")
@@ -200,21 +200,15 @@ def _fill(
         products = [_current(call) for call in group]
         users = [list(product.uses()) for product in products]
         terms = spectral.contribution(then, bank, group, table)
-        rows = then.op("Shape", group[0].activation, start=0, end=1)
-        rows = then.op("Range", then.const(0, np.int64), then.op("Squeeze", rows), then.const(1, np.int64))
-        rows = then.op("Unsqueeze", rows, then.ints(1))
-        empty = other.const(np.zeros((0, 1)), np.int64)
         nowhere = other.const(np.zeros(0), np.int64)
-        absent = [other.op("Identity", empty)]
-        absent += [other.op("Gather", product, nowhere, axis=0) for product in products]  # no rows of the right shape
-        there = [rows, *terms]
-        for value, kind in zip(there + absent, [ir.DataType.INT64, *[ir.DataType.FLOAT] * len(group)] * 2, strict=True):
-            value.dtype = kind
-        places, *sums = emitter.when(bank.gate, then, there, other, absent)
+        absent = [other.op("Gather", product, nowhere, axis=0) for product in products]  # no rows of the right shape
+        for value in (*terms, *absent):
+            value.dtype = ir.DataType.FLOAT
+        sums = emitter.when(bank.gate, then, terms, other, absent)
         graph.extend(emitter.nodes)  # sorted in the end
         for call, result, term, uses in zip(group, products, sums, users, strict=True):
             add = Emitter(constants, f"adapter/{bank.axis}/{call.module}/add")
-            total = add.op("ScatterND", result, places, term, reduction="add")
+            total = add.op("ScatterND", result, bank.batch, term, reduction="add")
             total.shape, total.dtype = result.shape, ir.DataType.FLOAT
             producer = result.producer()
             assert producer is not None

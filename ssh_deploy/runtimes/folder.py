@@ -21,7 +21,7 @@ from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.errors import DeploymentError, UnknownNameError
 
 #: The contract of graphs this release runs (onnx.md); others are refused, never reinterpreted.
-CONTRACT = 1
+CONTRACT = 2
 DEPLOYMENT = "deployment.json"
 MODEL = "model.onnx"
 FINGERPRINT = "fingerprint.safetensors"

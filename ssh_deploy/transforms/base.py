@@ -52,11 +52,15 @@ class TwoStage:
 
     Forward, ``x`` of shape [n, tokens] (rows first permuted by ``permutation`` where it is not None):
 
-        Y = first @ x.reshape(p, q·tokens)                    first  [2p, p], rows (k1, re), (k1, im)
-        z[k1] = second[k1] @ Y[k1].reshape(2q, tokens)        second [p, q, 2q]
+        Y = first @ x.reshape(p, q·tokens)                        first  [p, p]
+        z[i] = second[i] @ Y.reshape(p/2, 2q, tokens)[i]          second [p/2, 2q, 2q]
 
     and ``z.reshape(n, tokens)[order[k]]`` is frequency ``k``. Backward is the transposes in reverse order. With
     ``p = 1`` there is only ``second`` of shape [1, n, n] and ``order`` is the identity. float64.
+
+    ``first`` is a Hartley transform of length p, whose outputs k and p−k together hold the complex Fourier
+    coefficient of both: real arithmetic all the way, half of what (cos, sin) rows for every k would cost. So its
+    rows stand in pairs (0, p/2), (1, p−1), (2, p−2) …, and each block of ``second`` turns one pair.
     """
 
     n: int
@@ -137,22 +141,28 @@ class Axis(ABC):
     def two_stage(self, n: int) -> TwoStage:
         """Factors of the length-``n`` transform for the graph; dense where no factorisation is cheaper.
 
-        Multiply-adds per token: ``2n(p + q)`` against ``n²`` (math.md, the two-stage factorisation).
+        Multiply-adds per token: ``n(p + 2q)`` against ``n²`` (math.md, the two-stage factorisation).
         """
         p, q = _factor(n)
         if p == 1:
             return TwoStage(n, 1, n, np.ones((1, 1)), self.matrix(n)[None], np.arange(n), None)
-        j1, k1 = np.arange(p), np.arange(p)
-        angle = (2 * np.pi / p) * (np.outer(k1, j1) % p)
-        first = np.stack([np.cos(angle), np.sin(angle)], axis=1).reshape(2 * p, p)
-        j2, k2 = np.arange(q), np.arange(q)
-        k = k1[:, None] + p * k2[None, :]  # [p, q]
-        theta = (2 * np.pi / n) * (k[:, :, None] * j2 % n)  # [p, q, q]
-        turned = self.weights(n)[k][:, :, None] * np.exp(-1j * theta)
-        second = np.concatenate([turned.real, turned.imag], axis=2)  # Re(w e^{-i(a+θ)}) = cos a·Re + sin a·Im
+        half = np.arange(1, p // 2)
+        k1 = np.stack([np.append(0, half), np.append(p // 2, p - half)], axis=1)  # [p/2, 2], the pairs
+        angle = (2 * np.pi / p) * (np.outer(k1.reshape(-1), np.arange(p)) % p)
+        first = np.cos(angle) + np.sin(angle)
+        k = k1[:, :, None] + p * np.arange(q)  # [p/2, 2, q]
+        theta = (2 * np.pi / n) * (k[..., None] * np.arange(q) % n)  # [p/2, 2, q, q]
+        turned = self.weights(n)[k][..., None] * np.exp(-1j * theta)
+        # Re(w e^{-i(a+θ)}) = cos a·Re + sin a·Im, with 2 cos a = cas a + cas(−a) and 2 sin a = cas a − cas(−a)
+        own, other = (turned.real + turned.imag) / 2, (turned.real - turned.imag) / 2
+        second = np.empty((p // 2, 2, q, 2, q))
+        for side in (0, 1):
+            second[1:, side, :, side], second[1:, side, :, 1 - side] = own[1:, side], other[1:, side]
+            # 0 and p/2 are their own partners: the sines vanish
+            second[0, side, :, side], second[0, side, :, 1 - side] = turned.real[0, side], 0.0
         order = np.empty(n, dtype=np.int64)
         order[k.reshape(-1)] = np.arange(n)
-        return TwoStage(n, p, q, first, second, order, self.permutation(n))
+        return TwoStage(n, p, q, first, second.reshape(p // 2, 2 * q, 2 * q), order, self.permutation(n))
 
 
 class Transform(Protocol):
@@ -178,9 +188,7 @@ def _real(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _factor(n: int) -> tuple[int, int]:
-    """``(p, q)`` with ``p·q = n`` and the fewest multiply-adds ``2n(p+q)``, or ``(1, n)`` where ``n²`` is fewer."""
-    pairs = [(p, n // p) for p in range(2, int(n**0.5) + 1) if n % p == 0]
-    if not pairs:
-        return 1, n
-    p, q = min(pairs, key=sum)
-    return (p, q) if 2 * (p + q) < n else (1, n)
+    """``(p, q)`` with ``p·q = n``, p even and the fewest multiply-adds ``n(p+2q)``; ``(1, n)`` where ``n²`` is fewer."""
+    pairs = [(p, n // p) for p in range(2, n + 1, 2) if n % p == 0]
+    p, q = min(pairs, key=lambda pair: (pair[0] + 2 * pair[1], pair[0]), default=(1, n))
+    return (p, q) if p + 2 * q < n else (1, n)

@@ -239,9 +239,10 @@ def test_scales_are_multiplied_in_float32():
 @pytest.mark.parametrize("n", [1, 7, 12, 24, 96])
 def test_differenced_factor_takes_prefix_sums(name, n):
     stages = get_transform(name).axis.two_stage(n)
-    rows = np.random.default_rng(0).normal(size=(stages.p, stages.q))
+    blocks, width, _ = stages.second.shape
+    rows = np.random.default_rng(0).normal(size=(blocks, width))
     from_above = np.append(np.cumsum(rows.reshape(-1)[::-1])[::-1], 0.0)  # P[u] = Σ of rows ≥ u
-    windows = np.stack([from_above[k * stages.q : (k + 1) * stages.q + 1] for k in range(stages.p)])
+    windows = np.stack([from_above[k * width : (k + 1) * width + 1] for k in range(blocks)])
     want = np.einsum("kij,ki->kj", stages.second, rows)
     np.testing.assert_allclose(np.einsum("kji,ki->kj", differenced(stages), windows), want, atol=1e-9)
 
