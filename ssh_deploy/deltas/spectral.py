@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -52,7 +53,7 @@ class SpectralDelta:
     @property
     def gain(self) -> float:
         """Factor on the orthonormal synthesis: ``α/√(MN)`` for ``backward``, ``α`` for ``ortho``."""
-        return self.alpha / float(np.sqrt(self.shape[0] * self.shape[1])) if self.norm == "backward" else self.alpha
+        return self.alpha / math.sqrt(self.shape[0] * self.shape[1]) if self.norm == "backward" else self.alpha
 
     @property
     def axis(self) -> Axis:

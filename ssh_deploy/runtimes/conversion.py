@@ -22,12 +22,11 @@ from ssh_deploy.adapters.base import Adapter, check_finite
 from ssh_deploy.checkpoints.names import match_modules
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
-from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
+from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows, output_order
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
 from ssh_deploy.transforms import get_transform
-from ssh_deploy.transforms.base import Axis
 
 _NO_SLOTS = "Export the base again with its adapters (`--mode sidecar`), or with --sites and --kinds."
 
@@ -93,8 +92,8 @@ def rows_of_adapter(
         ) from error
     spectra = {(d.transform, d.shape) for d in adapter.deltas.values() if isinstance(d, SpectralDelta)}
     for transform, shape in spectra:
-        axis = get_transform(transform).axis
-        if axis.name in folder.kinds:
+        axis = get_transform(transform).axis.name
+        if axis in folder.kinds:
             for side in shape:
                 _check_order(axis, side, folder)
     kinds: dict[str, dict[str, NDArray[Any]]] = {}
@@ -160,19 +159,13 @@ def _layout(folder: Folder, inputs: tuple[Input, ...]) -> Layout:
     )
 
 
-def _check_order(axis: Axis, n: int, folder: Folder) -> None:
-    ours, stated = _two_stage_sides(axis, n), folder.orders.get(axis.name, {}).get(n)
+def _check_order(axis: str, n: int, folder: Folder) -> None:
+    (ours, _), stated = output_order(axis, n), folder.orders.get(axis, {}).get(n)
     if stated != ours:
         raise DeploymentError(
-            f"{folder.root}: orders length {n} of {axis.name} as {stated}, this release as {ours}.",
+            f"{folder.root}: orders length {n} of {axis} as {stated}, this release as {ours}.",
             hint="Another release exported it: places would be misread. Export the base again with this one.",
         )
-
-
-@lru_cache(maxsize=64)
-def _two_stage_sides(axis: Axis, n: int) -> tuple[int, int]:
-    stages = axis.two_stage(n)
-    return stages.p, stages.q
 
 
 def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, ...]) -> None:
