@@ -188,7 +188,7 @@ def _real(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _factor(n: int) -> tuple[int, int]:
-    """``(p, q)`` with ``p·q = n``, p even and the fewest multiply-adds ``n(p+2q)``; ``(1, n)`` where ``n²`` is fewer."""
+    """``(p, q)``, ``p·q = n``, p even, of fewest multiply-adds ``n(p+2q)``; ``(1, n)`` where ``n²`` is fewer."""
     pairs = [(p, n // p) for p in range(2, n + 1, 2) if n % p == 0]
     p, q = min(pairs, key=lambda pair: (pair[0] + 2 * pair[1], pair[0]), default=(1, n))
     return (p, q) if p + 2 * q < n else (1, n)
