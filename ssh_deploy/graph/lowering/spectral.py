@@ -27,8 +27,8 @@ one-element table asked for its second element); so do ids that are negative or 
 the transforms' MatMuls (one transform of 512 tokens at 768 costs 0.14 of a dense layer in time, 0.10 in multiply-adds);
 the rest, in order: Transpose, adding to the batch (ScatterND), Gather, Mul, CumSum: each is one pass over [n, tokens].
 At 1×16 it is the number of nodes: ten per group and eight per site, 5 to 20 µs each, and 0.5 ms a run for what all
-sites share (ids, casts, row starts, checks). So a backward transform per site, though sites of one width could share it: the
-copy that takes the shared result apart costs more than the nodes saved. Not covered: single tokens.
+sites share (ids, casts, row starts, checks). So a backward transform per site, though sites of one width could share
+it: the copy that takes the shared result apart costs more than the nodes saved. Not covered: single tokens.
 """
 
 from __future__ import annotations
