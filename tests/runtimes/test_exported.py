@@ -72,7 +72,7 @@ def test_mixed_batches_answer_as_torch_does(tmp_path, architecture):
         write_file(adapter, tmp_path / f"{name}.safetensors", values_dtype=np.float32)
     given = [str(tmp_path / f"{name}.safetensors") for name in ("hartley", "joint", "cosine")]
     export_model(base, given, tmp_path / "out", options=ExportOptions(adapter_dtype="float32"))
-    with Deployment.open(tmp_path / "out", threads=1) as deployment:
+    with Deployment.open(tmp_path / "out", threads=1, max_coefficients=50) as deployment:
         late = random_adapter(shapes, n=50, alpha=400.0, seed=4)
         write_file(late, tmp_path / "late.safetensors", values_dtype=np.float32)
         deployment.load("late", tmp_path / "late.safetensors")  # never seen by the exporter
