@@ -174,17 +174,16 @@ def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, .
         places = rows.get(f"{prefix}{part}")
         if places is None or places.ndim != 2 or places.shape[0] != len(sites):
             continue  # the bank's own check names what is wrong with it
-        outside = np.argwhere((places < 0) | (places >= np.array(sides)[:, None]))
-        if outside.size:
-            site, k = outside[0]
+        if places.min(initial=0) < 0 or (places.max(axis=1, initial=0) >= sides).any():
+            site, k = np.argwhere((places < 0) | (places >= np.array(sides)[:, None]))[0]
             raise AdapterMismatchError(
                 f"{path}: coefficient {k} of {sites[site].module} has {part[:-1]} {places[site, k]}, outside "
                 f"0…{sides[site] - 1}.",
                 hint="The file is damaged or forged.",
             )
-        ascends = np.argwhere(places[:, 1:] > places[:, :-1])
-        if part == "rows" and ascends.size:
-            site, k = ascends[0]
+        ascends = places[:, 1:] > places[:, :-1]
+        if part == "rows" and ascends.any():
+            site, k = np.argwhere(ascends)[0]
             raise AdapterMismatchError(
                 f"{path}: rows of {sites[site].module} ascend at coefficient {k + 1}; the contract has them descend.",
                 hint="The file is damaged or forged.",
