@@ -19,6 +19,7 @@ from ssh_deploy.graph.bank_file import PREFIXES
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs.folder_adapters import layout_of, write_rows
 from ssh_deploy.jobs.naming import named_paths
+from ssh_deploy.jobs.probing import probe_feeds
 from ssh_deploy.runtimes.folder import Folder, contained, open_folder, read_json
 from ssh_deploy.runtimes.loading import Loaded, read_source
 from ssh_deploy.runtimes.session import Session
@@ -111,7 +112,7 @@ def _require_effect(name: str, folder: Folder, session: Session, loaded: Loaded)
     spectra = {k: a[None] for kind in PREFIXES for k, a in loaded.kinds.get(kind, {}).items()}
     if not any(np.any(a) for key, a in spectra.items() if key.endswith("values")):
         return
-    feeds = {**_probe(folder, session), **(_nothing(session) if folder.required else {})}
+    feeds = {**probe_feeds(folder, session.inputs), **(_nothing(session) if folder.required else {})}
     without = session.run(feeds)
     if not any(a.size for a in without.values()):
         return
@@ -121,24 +122,6 @@ def _require_effect(name: str, folder: Folder, session: Session, loaded: Loaded)
             f"{name}: its deltas change no bit of any output.",
             hint="Its values may be too small for this base's precision, or its modules do not reach the outputs.",
         )
-
-
-def _probe(folder: Folder, session: Session) -> dict[str, NDArray[Any]]:
-    """Random inputs of two rows."""
-    config = read_json(folder.root, "config.json")
-    rng = np.random.default_rng(0)
-    feeds: dict[str, NDArray[Any]] = {}
-    for name, entry in session.inputs.items():
-        if name == "input_ids":
-            feeds[name] = rng.integers(0, int(config.get("vocab_size", 2)), (2, 8))
-        elif name == "attention_mask":
-            feeds[name] = np.ones((2, 8), np.int64)
-        elif name == "pixel_values":
-            sides = [side if isinstance(side, int) else 2 for side in entry.shape]
-            feeds[name] = rng.normal(size=sides).astype(np.float32)
-        else:
-            feeds[name] = np.zeros((2, 8), entry.dtype)
-    return feeds
 
 
 def _nothing(session: Session) -> dict[str, NDArray[Any]]:

@@ -13,6 +13,7 @@ import numpy as np
 from ssh_deploy.errors import DeploymentError
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.runtimes.answers import Prediction
+from ssh_deploy.runtimes.budget import DEFAULT_MEMORY, HowManyFit
 from ssh_deploy.runtimes.deployment import Deployment
 
 
@@ -72,6 +73,8 @@ def answer_texts(
     adapters: Sequence[str | None] = (),
     loads: Sequence[tuple[str, Path]] = (),
     threads: int | None = None,
+    memory: int | str = DEFAULT_MEMORY,
+    max_coefficients: int | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> RunReport:
@@ -83,6 +86,8 @@ def answer_texts(
         adapters: none: the base for all; one: for all; else one per text (None: the base).
         loads: (name, path) of adapters outside the folder to load first.
         threads: of one operator.
+        memory: that resident adapters may take.
+        max_coefficients: of the widest adapter; None: the widest of the folder's.
         batch_size: most texts of one run.
         progress: told after each batch.
 
@@ -99,7 +104,7 @@ def answer_texts(
         )
     names = list(adapters) if len(adapters) == len(texts) else list(adapters or [None]) * len(texts)
     begun = time.perf_counter()
-    with Deployment.open(folder, threads=threads) as deployment:
+    with Deployment.open(folder, threads=threads, memory=memory, max_coefficients=max_coefficients) as deployment:
         for name, path in loads:
             deployment.load(name, path)
         opened = time.perf_counter()
@@ -110,3 +115,13 @@ def answer_texts(
             tell("answering", len(values), len(texts))
     answers = tuple(Answer(*row) for row in zip(texts, names, values, strict=True))
     return RunReport(Path(folder), answers, opened - begun, time.perf_counter() - opened)
+
+
+def measure_fit(folder: str | Path, *, memory: int | str, max_coefficients: int | None = None) -> HowManyFit:
+    """How many adapters ``memory`` holds when ``folder`` is served with it; what `--how-many-fit` prints.
+
+    Raises:
+        DeploymentError: no exported folder, or less memory than one adapter takes.
+    """
+    with Deployment.open(folder, threads=1, memory=memory, max_coefficients=max_coefficients) as deployment:
+        return deployment.how_many_fit()

@@ -134,7 +134,9 @@ class Bank:
                 option = "max_labels" if self.kind == "head" else "max_coefficients"
                 raise AdapterMismatchError(
                     f"{where}: {size} {side} where every row of this bank holds {self.widths[side]}.",
-                    hint=f"Open the deployment with {option}={size}; every resident adapter then takes that much.",
+                    hint=f"Open the deployment with {option}={size}"
+                    f"{' (--max-coefficients)' if option == 'max_coefficients' else ''}; every resident adapter then "
+                    "takes that much.",
                 )
         return sizes
 

@@ -35,7 +35,7 @@ from ssh_deploy.runtimes.folder import MODEL, Folder, check_name, contained, ope
 from ssh_deploy.runtimes.lending import Part, lent_to
 from ssh_deploy.runtimes.loading import Loaded
 from ssh_deploy.runtimes.residents import Residents
-from ssh_deploy.runtimes.session import Session
+from ssh_deploy.runtimes.session import Input, Session
 from ssh_deploy.runtimes.texts import Texts
 
 LOGITS = "logits"
@@ -137,6 +137,16 @@ class Deployment:
         """Adapters by name: those of the folder and those loaded."""
         known = self._catalogue.table()
         return {name: self._entry(name, known.get(name)) for name in [*self.folder.adapters, *known]}
+
+    @property
+    def inputs(self) -> Mapping[str, Input]:
+        """The model's own inputs, which `run` takes."""
+        return self._session.inputs
+
+    @property
+    def adapter_inputs(self) -> Mapping[str, Input]:
+        """The graph's inputs for adapters, which the deployment feeds."""
+        return self._session.adapter_inputs
 
     @property
     def nbytes(self) -> int:

@@ -70,7 +70,7 @@ def parse_sum(text: str) -> Sum:
         if not name:
             raise UnknownNameError(f"{text!r:.200} has an empty term.", hint=_HINT)
         if times and (not _WEIGHT.fullmatch(weight) or not 0 < abs(float(weight)) < math.inf):
-            raise UnknownNameError(f"{text!r:.200}: the weight {weight!r:.40} is no number but 0.", hint=_HINT)
+            raise UnknownNameError(f"{text!r:.200}: the weight {weight!r:.40} is not a decimal number other than 0.", hint=_HINT)
         terms.append((float(weight) if times else 1.0, check_name(name)))
     return Sum(tuple(terms), check_name(head.removeprefix(_HEAD[1:])) if at else None)
 
@@ -156,6 +156,7 @@ def _add(text: str, prefix: str, terms: Sequence[tuple[float, Rows]]) -> Rows:
     keep = added != 0  # padding, and coefficients that are nothing
     key, inverse = np.unique((((site * deep) + (deep - 1 - rows)) * wide + cols)[keep], return_inverse=True)
     total: NDArray[np.float64] = np.bincount(inverse, weights=added[keep], minlength=len(key)).astype(np.float64)
+    key, total = key[total != 0], total[total != 0]
     which, place = np.divmod(key, deep * wide)
     start = np.searchsorted(which, np.arange(sites + 1))
     slot = np.arange(len(key)) - start[which]

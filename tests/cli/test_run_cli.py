@@ -65,6 +65,38 @@ def test_mistakes(run, words, code, says):
     assert says in done.stderr
 
 
+def test_a_sum_is_an_adapter_too(run):
+    """The head is the first term's; with other labels it would have to be said."""
+    done = run("--adapter", "left+-0.5*right", "--text", "free", "--max-coefficients", "5")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == "a 1.000  [left+-0.5*right]  free\n"
+    done = run("--adapter", "left+0*right", "--text", "free")
+    assert done.exit_code == 1
+    assert "the weight '0' is not a decimal number other than 0" in done.stderr
+
+
+def test_how_many_fit(folder):
+    words = ["run", str(folder), "--how-many-fit", "--memory", "1MiB", "--max-coefficients", "100"]
+    found = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
+    spectrum, head = 2 * 100 * (2 + 2 + 2) + 2 * 4, 64 * 8 * 4 + 64 * 4
+    assert found["budget"] == 1 << 20
+    assert found["adapter_bytes"] == {"hartley": spectrum, "cosine": spectrum}
+    assert found["head_bytes"] == head
+    assert found["fit"]["hartley"] == (1 << 20) // spectrum
+    assert found["fit_with_heads"]["hartley"] == (1 << 20) // (spectrum + head)
+    assert (found["resident"], found["used"], found["free"]) == (0, 0, 1 << 20)
+    said = CliRunner().invoke(main, words).stdout
+    assert f"hartley: {spectrum:,} bytes an adapter (n up to 100): 868 fit" in said
+    assert CliRunner().invoke(main, [*words, "--base"]).exit_code == 2
+
+
+def test_memory_that_is_none(folder):
+    for memory, says in (("1GX", "is no amount of memory"), ("100", "too small for one adapter")):
+        done = CliRunner().invoke(main, ["run", str(folder), "--base", "--text", "x", "--memory", memory])
+        assert done.exit_code == 1
+        assert says in done.stderr
+
+
 def test_errors_as_json(tmp_path):
     done = CliRunner().invoke(main, ["run", str(tmp_path / "none"), "--base", "--text", "x"], obj="json")
     assert done.exit_code == 1
