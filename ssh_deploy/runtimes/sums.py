@@ -70,7 +70,9 @@ def parse_sum(text: str) -> Sum:
         if not name:
             raise UnknownNameError(f"{text!r:.200} has an empty term.", hint=_HINT)
         if times and (not _WEIGHT.fullmatch(weight) or not 0 < abs(float(weight)) < math.inf):
-            raise UnknownNameError(f"{text!r:.200}: the weight {weight!r:.40} is not a decimal number other than 0.", hint=_HINT)
+            raise UnknownNameError(
+                f"{text!r:.200}: the weight {weight!r:.40} is not a decimal number other than 0.", hint=_HINT
+            )
         terms.append((float(weight) if times else 1.0, check_name(name)))
     return Sum(tuple(terms), check_name(head.removeprefix(_HEAD[1:])) if at else None)
 
