@@ -48,7 +48,7 @@ def read_file(path: Path) -> Adapter:
             f"{path}: format version {file.metadata.get('version')!r}; this release reads {VERSION}.",
             hint="Upgrade ssh-deploy, or convert the adapter again with this release.",
         )
-    found = content_digest(file.metadata, file.table, file.payload)
+    found = _digest(file.metadata, file.header.canonical, file.payload)
     if found != file.metadata.get("sha256"):
         raise AdapterFileError(
             f"{path}: its content has sha256 {found[:16]}…, its metadata says "
@@ -92,10 +92,18 @@ def write_file(adapter: Adapter, path: Path, *, values_dtype: Any = np.float16, 
 
 def content_digest(metadata: Mapping[str, str], table: Mapping[str, Any], payload: memoryview) -> str:
     """sha256 (hex) over the canonical JSON of metadata (without ``sha256``) and tensor table, then the payload."""
-    head = [{k: v for k, v in metadata.items() if k != "sha256"}, dict(table)]
-    digest = hashlib.sha256(json.dumps(head, sort_keys=True, separators=(",", ":")).encode())
+    return _digest(metadata, _canonical(dict(table)), payload)
+
+
+def _digest(metadata: Mapping[str, str], table: str, payload: memoryview) -> str:
+    head = _canonical({k: v for k, v in metadata.items() if k != "sha256"})
+    digest = hashlib.sha256(f"[{head},{table}]".encode())
     digest.update(payload)
     return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _fields(file: SafeFile) -> dict[str, Any]:

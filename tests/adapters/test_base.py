@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssh_deploy.adapters.base import check_finite, check_shape, check_spectra, check_spectrum
+from ssh_deploy.adapters.base import check_finite, check_shape, check_spectra, check_spectrum, finite
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError
 from ssh_deploy.testing import sparse_spectrum
@@ -90,6 +90,11 @@ def test_places_of_a_weight_of_more_than_four_thousand_million_numbers():
 def test_empty_spectra_are_sound():
     none = np.zeros(0, np.uint16)
     check_spectra("file", {"a": SpectralDelta((3, 3), "cosine", none, none, none.astype(np.float16), 1.0, "ortho")})
+
+
+def test_every_float16_is_finite_when_numpy_says_so():
+    for number in np.arange(1 << 16, dtype=np.uint16).view(np.float16):
+        assert finite(np.array([1, number], np.float16)) is bool(np.isfinite(number))
 
 
 def test_numbers_that_only_float64_holds_are_not_finite():

@@ -1,5 +1,6 @@
 """Opening safetensors files: read or mapped, the same tensors; what was read does not change."""
 
+import json
 import mmap
 
 import numpy as np
@@ -59,3 +60,81 @@ def test_an_adapter_that_is_overwritten_in_place_stays_what_was_read(tmp_path):
     before = adapter.deltas["m"].values.copy()
     path.write_bytes(b"")
     np.testing.assert_array_equal(adapter.deltas["m"].values, before)
+
+
+ENTRY = '"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]}'
+
+
+def raw_file(path, header, payload=b"\0\0\0\0"):
+    text = header.encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + payload)
+    return path
+
+
+def opened(path):
+    return open_safefile(path, error=AdapterFileError)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f'{{"__metadata__":{{"x":"y"}},{ENTRY}}}',
+        f'{{{ENTRY},"__metadata__":{{"x":"y"}}}}',
+        f'{{"__metadata__": {{"x":"y"}}, {ENTRY}}}  ',
+        f' {{"__metadata__":{{"x":"y"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"x":"y"}} ,{ENTRY}}}',
+    ],
+)
+def test_metadata_may_stand_anywhere_in_a_header(tmp_path, header):
+    file = opened(raw_file(tmp_path / "a", header))
+    assert file.metadata == {"x": "y"}
+    assert file.table == {"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}
+    assert file.header.canonical == '{"a":{"data_offsets":[0,4],"dtype":"F16","shape":[2]}}'
+    assert file.tensors["a"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (f'{{"__metadata__":{{}},{ENTRY},"__metadata__":{{}}}}', "header names '__metadata__' twice"),
+        (f'{{"__metadata__":{{"x":"y"}},{ENTRY},{ENTRY}}}', "header names 'a' twice"),
+        (f'{{"__metadata__":{{"x":"y","x":"z"}},{ENTRY}}}', "header names 'x' twice"),
+        (f'{{"__metadata__":{{"x":1}},{ENTRY}}}', "metadata is not text"),
+        (f'{{{ENTRY},"__metadata__":{{"x":1}}}}', "metadata is not text"),
+        (f'{{"__metadata__":{{"x":"y"}},{ENTRY},}}', "not JSON"),
+        ('{"__metadata__":{"x":"y"},}', "not JSON"),
+        (f'{{"__metadata__":{{"x":"y"}}{ENTRY}}}', "not JSON"),
+        (f'{{"__metadata__":{{"x":"y"}},{ENTRY}}} {{}}', "not JSON"),
+        (f'{{"__metadata__":{{"x":"y",{ENTRY}}}', "not JSON"),
+        ('{"__metadata__":' + '{"x":' * 100_000, "not JSON"),
+    ],
+)
+def test_headers_that_are_no_one_object(tmp_path, header, message):
+    with pytest.raises(AdapterFileError, match=message):
+        opened(raw_file(tmp_path / "a", header))
+
+
+def test_one_table_is_worked_out_once_whatever_the_metadata(tmp_path):
+    for i in (0, 1):
+        write_file(random_adapter({"m": (64, 64)}, n=30, seed=i), tmp_path / f"{i}.safetensors")
+    one, other = (opened(tmp_path / f"{i}.safetensors") for i in (0, 1))
+    assert one.header is other.header
+    assert one.metadata["sha256"] != other.metadata["sha256"]
+    assert not np.array_equal(one.tensors["spectral.m.values"], other.tensors["spectral.m.values"])
+    write_file(random_adapter({"m": (64, 64)}, n=31), tmp_path / "2.safetensors")
+    assert opened(tmp_path / "2.safetensors").header is not one.header
+
+
+def test_a_table_that_was_good_is_refused_before_another_payload(tmp_path):
+    """Truncated and lengthened files whose text of tensors is known."""
+    opened(raw_file(tmp_path / "a", f"{{{ENTRY}}}"))
+    for payload in (b"", b"\0\0", b"\0" * 6):
+        with pytest.raises(AdapterFileError, match=r"truncated"):
+            opened(raw_file(tmp_path / "a", f"{{{ENTRY}}}", payload))
+    opened(raw_file(tmp_path / "a", f"{{{ENTRY}}}"))
+
+
+def test_long_tables_are_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(safefile, "_KEPT", 10)
+    path = raw_file(tmp_path / "a", json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}))
+    assert opened(path).header is not opened(path).header
