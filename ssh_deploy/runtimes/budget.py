@@ -111,7 +111,13 @@ def widths_of(
         max_labels: of a head; None: the widest stored head, at least 64.
 
     Inner layers of a head are as wide as the layer after them is deep: the graph allows nothing else.
+
+    Raises:
+        DeploymentError: a width below 1.
     """
+    for option, width in (("max_coefficients", max_coefficients), ("max_labels", max_labels)):
+        if width is not None and width < 1:
+            raise DeploymentError(f"{option}={width} holds nothing.", hint="Give at least 1, or None for the default.")
     stored = _stored_widths(folder, inputs) if None in (max_coefficients, max_labels) else {}
     widest = max((n for (kind, side), n in stored.items() if kind != "head"), default=_NO_COEFFICIENTS)
     widths: dict[str, int] = {}

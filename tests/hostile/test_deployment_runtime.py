@@ -8,7 +8,15 @@ import pytest
 from contract_folder import GUARD, SITES, add_stored, edit, make_folder, write_onnx_adapter
 
 from ssh_deploy import Deployment
-from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, DeployError, DeploymentError
+from ssh_deploy.errors import (
+    AdapterFileError,
+    AdapterMismatchError,
+    DeployError,
+    DeploymentError,
+    FingerprintError,
+    UnknownNameError,
+)
+from ssh_deploy.runtimes.folder import CONTRACT
 
 pytestmark = pytest.mark.hostile
 
@@ -106,7 +114,7 @@ def test_forged_names(folder, name):
 @pytest.mark.parametrize("contract", [1, 0, "1", None, True, 1.0])
 def test_unknown_contracts(folder, contract):
     edit(folder, lambda fields: fields.update(contract=contract))
-    refused(lambda: Deployment.open(folder), DeploymentError, f"contract {contract!r}", "this release runs 1")
+    refused(lambda: Deployment.open(folder), DeploymentError, f"contract {contract!r}", f"this release runs {CONTRACT}")
 
 
 @pytest.mark.parametrize(
@@ -278,3 +286,110 @@ def test_json_that_is_valid_but_deep(folder):
     text = json.dumps({"contract": 2})[:-1] + ', "x": ' + "[" * 5000 + "]" * 5000 + "}"
     (folder / "deployment.json").write_text(text)
     refused(lambda: Deployment.open(folder), DeploymentError, "deployment.json")
+
+
+def test_unknown_names_list_the_near_ones_and_paths_are_none(folder):
+    deployment = Deployment.open(folder)
+    refused(lambda: deployment.predict(["who"], "goood"), UnknownNameError, "no adapter 'goood'", "Did you mean good?")
+    refused(lambda: deployment.predict(["who"], "good+goood"), UnknownNameError, "'goood'", "Did you mean good?")
+    for path in ("adapters/good.onnx_adapter", "../good", str(folder), ".", "C:\\good"):
+        refused(lambda path=path: deployment.predict(["who"], path), UnknownNameError, "never paths")
+        refused(lambda path=path: deployment.predict(["who"], f"good+{path}"), UnknownNameError, "never paths")
+        refused(lambda path=path: deployment.load(path), UnknownNameError, "never paths")
+        refused(lambda path=path: deployment.pin(path), UnknownNameError, "never paths")
+
+
+@pytest.mark.parametrize("memory", [0, -1, "", "much", "1.5.2GB", "-1MiB", "0MiB", "1 QB", True, None, 1.5, "nanMB"])
+def test_memory_that_is_none(folder, memory):
+    refused(lambda: Deployment.open(folder, memory=memory), DeploymentError, "no amount of memory", "512MiB")
+
+
+def test_a_budget_too_small_for_one_adapter(folder):
+    """A spectrum of two sites and four coefficients, and a head of up to 64 labels of 8 numbers."""
+    one = 2 * 4 * 6 + 2 * 4 + 64 * 9 * 4
+    refused(
+        lambda: Deployment.open(folder, memory=one - 1), DeploymentError, f"{one - 1:,} bytes", f"{one:,}", "memory="
+    )
+    assert Deployment.open(folder, memory=one).predict(["who"], "good")
+
+
+def test_more_adapters_at_once_than_the_budget_holds(folder):
+    add_stored(folder, "other", arrays(adapter_scales=np.full(2, 3, np.float32)), labels=("a", "b"))
+    deployment = Deployment.open(folder, memory=2 * 4 * 6 + 2 * 4 + 64 * 9 * 4)
+    for name in ("good", "other"):
+        assert deployment.predict(["who"], name)
+    refused(
+        lambda: deployment.predict(["who", "who"], ["good", "other"]), DeploymentError, "2 distinct adapters", "memory="
+    )
+    deployment.pin("good")
+    refused(lambda: deployment.predict(["who"], "other"), DeploymentError, "1 distinct adapter at once", "pinned")
+
+
+def test_widths_of_nothing(folder):
+    for width in (0, -5):
+        refused(
+            lambda width=width: Deployment.open(folder, max_coefficients=width), DeploymentError, "max_coefficients"
+        )
+        refused(lambda width=width: Deployment.open(folder, max_labels=width), DeploymentError, "max_labels")
+
+
+def test_an_adapter_for_another_base(folder, tmp_path):
+    from contract_folder import weights
+    from safetensors.numpy import save_file
+
+    from ssh_deploy.adapters.file import write_file
+    from ssh_deploy.checkpoints.fingerprint import Fingerprint, sample
+    from ssh_deploy.testing import random_adapter
+
+    mine, other = (Fingerprint("bert", {s: sample(weights(seed)[s]) for s in SITES}) for seed in (0, 7))
+    fields = {"architecture": "bert", "sites": json.dumps({site: list(SITES[site]) for site in SITES})}
+    save_file({s: v.values for s, v in mine.sites.items()}, folder / "fingerprint.safetensors", metadata=fields)
+    edit(folder, lambda fields: fields.update(fingerprint=mine.sha256))
+    write_file(random_adapter(SITES, n=4, fingerprint=other), tmp_path / "a.safetensors")
+    deployment = Deployment.open(folder)
+    before = deployment.nbytes
+    refused(
+        lambda: deployment.load("a", tmp_path / "a.safetensors"), FingerprintError, "made for another base than tiny"
+    )
+    refused(lambda: deployment.predict(["who"], "a"), UnknownNameError, "no adapter 'a'")
+    assert deployment.nbytes == before
+
+
+def test_unloading_one_in_use(folder):
+    deployment = Deployment.open(folder)
+    with deployment._catalogue.lend(["good"]), deployment._catalogue.lend(["good"]):
+        refused(
+            lambda: deployment.unload("good", timeout=0), DeploymentError, "good is in use by 2 runs", "stays loaded"
+        )
+        assert deployment.predict(["who"], "good")
+    deployment.unload("good", timeout=0)
+    refused(lambda: deployment.predict(["who"], "good"), UnknownNameError, "good was unloaded")
+    refused(lambda: deployment.unload("good"), UnknownNameError, "good is not loaded")
+    assert deployment.nbytes == 0
+
+
+@pytest.mark.parametrize("ids", [[2], [-1], [0, 99], [1, -7]])
+def test_ids_out_of_range(folder, ids):
+    """Fed to the graph by hand; the deployment itself takes names and never ids."""
+    deployment = Deployment.open(folder, memory="1MiB", max_coefficients=4)
+    feeds = {name: np.ones((len(ids), 3), np.int64) for name in deployment.inputs}
+    refused(lambda: deployment.run({**feeds, "adapter_ids": np.array(ids)}), DeploymentError, "never as feeds")
+    rows = {name: np.stack([np.zeros_like(a), a]) for name, a in arrays().items() if "head" not in name}
+    refused(
+        lambda: deployment._session.run({**feeds, **rows, "adapter_ids": np.array(ids)}), DeploymentError, "refused"
+    )
+
+
+def test_a_row_whose_adapter_has_not_the_head_that_is_asked_for(folder, tmp_path):
+    bare = {name: array for name, array in arrays().items() if "head" not in name}
+    deployment = Deployment.open(folder)
+    deployment.load("bare", write_onnx_adapter(tmp_path / "bare.onnx_adapter", bare))
+    for names in ("bare", "good", ["good", "bare"]):
+        call = lambda names=names: deployment.predict(["who", "who"], names)  # noqa: E731
+        if names == "good":
+            assert call()
+        else:
+            refused(call, DeploymentError, "adapter bare, which brings no head", "no classification head")
+    refused(lambda: deployment.predict(["who"], "good@head=bare"), AdapterMismatchError, "bare brings no head")
+    refused(lambda: deployment.predict(["who"], "bare+good"), AdapterMismatchError, "no head", "@head=good")
+    assert deployment.predict(["who"], "bare@head=good")[0].labels == ("a", "b")
