@@ -212,12 +212,17 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
             hint="No weight is that large; the adapter and the folder are forged.",
         )
     down, across = (output_order(axis, size)[1] for size in stack.shape)
-    rows, cols = (stack.shape[0] - 1) - down[spectrum.rows], across[spectrum.cols]
-    packed = rows << (inner + last) | cols << last | np.arange(n)
+    packed = (stack.shape[0] - 1) - down[spectrum.rows]
+    packed <<= inner  # in place: new arrays of this size cost more than what is done to them
+    packed |= across[spectrum.cols]
+    packed <<= last
+    packed |= np.arange(n)
     packed.sort(axis=-1)
     values = spectrum.values.reshape(-1)[(packed & ((1 << last) - 1)) + np.arange(sites)[:, None] * n]
-    rows = (stack.shape[0] - 1) - (packed >> (inner + last))
-    return values, rows, packed >> last & ((1 << inner) - 1), spectrum.factor
+    packed >>= last
+    cols = packed & ((1 << inner) - 1)
+    packed >>= inner
+    return values, (stack.shape[0] - 1) - packed, cols, spectrum.factor
 
 
 @lru_cache(maxsize=64)
