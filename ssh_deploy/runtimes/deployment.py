@@ -33,7 +33,7 @@ from ssh_deploy.runtimes.budget import DEFAULT_MEMORY, HowManyFit, how_many_fit,
 from ssh_deploy.runtimes.catalogue import Catalogue
 from ssh_deploy.runtimes.folder import MODEL, Folder, check_name, contained, open_folder
 from ssh_deploy.runtimes.lending import Part, lent_to
-from ssh_deploy.runtimes.loading import Loaded
+from ssh_deploy.runtimes.loading import Loaded, prepare
 from ssh_deploy.runtimes.residents import Residents
 from ssh_deploy.runtimes.session import Input, Session
 from ssh_deploy.runtimes.texts import Texts
@@ -78,6 +78,7 @@ class Deployment:
         inputs = session.adapter_inputs
         self._residents = Residents(make_banks(folder, inputs, widths, budget), budget=budget)
         self._catalogue = Catalogue(folder, inputs, self._residents)
+        prepare(folder)
         self._texts: Texts | None = None
         self._texts_lock = threading.Lock()
         self._closed = False

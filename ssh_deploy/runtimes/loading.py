@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,11 +12,14 @@ from pathlib import Path
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
-from ssh_deploy.errors import DeploymentError, FingerprintError
+from ssh_deploy.errors import DeploymentError, FingerprintError, RegistryError
+from ssh_deploy.graph.bank_file import PREFIXES
+from ssh_deploy.registry import families
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.conversion import head_count, head_labels, rows_of_adapter, rows_of_file
 from ssh_deploy.runtimes.folder import Folder, StoredAdapter, contained, file_digest
 from ssh_deploy.runtimes.session import Input
+from ssh_deploy.transforms import get_transform
 
 log = logging.getLogger(__name__)
 SUFFIX = ".onnx_adapter"
@@ -36,6 +40,14 @@ class Loaded:
     family: str
     task: str | None
     verified: bool | None
+
+
+def prepare(folder: Folder) -> None:
+    """Look up and import now, when ``folder`` is opened, what its first adapter would wait 20 ms for."""
+    families()
+    for kind in set(folder.kinds) & set(PREFIXES):
+        with suppress(RegistryError):  # two plugins that claim one name: said when an adapter needs it
+            get_transform(kind)
 
 
 def read_source(

@@ -8,14 +8,16 @@ import pytest
 from contract_folder import SITES, add_stored, edit, make_folder, weights, write_onnx_adapter
 from safetensors.numpy import save_file
 
+from ssh_deploy import registry
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.peft_folder import write_folder
 from ssh_deploy.checkpoints.fingerprint import Fingerprint, sample
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError, FingerprintError
 from ssh_deploy.runtimes.folder import BASE_HEAD, FINGERPRINT, MODEL, open_folder
-from ssh_deploy.runtimes.loading import read_source
+from ssh_deploy.runtimes.loading import prepare, read_source
 from ssh_deploy.runtimes.session import Session
 from ssh_deploy.testing import random_adapter
+from ssh_deploy.transforms import get_transform
 
 HEAD = {"classifier": {"weight": np.ones((2, 8), np.float32), "bias": np.arange(2, dtype=np.float32)}}
 BASE = Fingerprint("bert", {site: sample(weights()[site]) for site in SITES})
@@ -88,6 +90,20 @@ def test_what_the_folder_says_is_read_once_and_still_checks_later_adapters(tmp_p
     with pytest.raises(FingerprintError, match=r"c\.safetensors: made for another base"):
         read(folder, inputs, tmp_path / "c.safetensors")
     assert read(open_folder(root), inputs, tmp_path / "b.safetensors").verified is False  # opened again, read again
+
+
+@pytest.mark.parametrize("transform", ["hartley", "cosine"])
+def test_the_first_adapter_of_a_prepared_folder_looks_up_no_plugins(tmp_path, place, transform):
+    root, inputs = place
+    folder = open_folder(root)
+    made(tmp_path / "a.safetensors", transform=transform)
+    registry._points.cache_clear()
+    get_transform.cache_clear()
+    prepare(folder)
+    looked_up, imported = registry._points.cache_info().misses, get_transform.cache_info().misses
+    read(folder, inputs, tmp_path / "a.safetensors")
+    assert looked_up == registry._points.cache_info().misses == 2
+    assert imported == get_transform.cache_info().misses
 
 
 def test_adapters_of_the_same_modules_in_another_order_take_their_own_rows(tmp_path, place):
