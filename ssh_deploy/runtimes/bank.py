@@ -165,17 +165,13 @@ class Bank:
             if row in self._free:
                 self._give_back(row)
 
-    def alone(self, row: int, sizes: Sizes) -> dict[str, NDArray[Any]]:
+    def alone(self, row: int) -> dict[str, NDArray[Any]]:
         """Feeds for a batch that uses ``row`` throughout: a bank of that one row, whose ids are the graph's default.
 
-        Views; a first side is cut to ``sizes``, so that a head answers with its own labels.
+        Views, as wide as the bank: a narrower head would be summed in another order than in a mixed batch, and a
+        row's answer would depend on its neighbours in the last bit.
         """
-        feeds = {}
-        for name, array in self._arrays.items():
-            one = array[row : row + 1]
-            shape = self._inputs[name].shape
-            feeds[name] = one[:, : sizes[shape[1]]] if len(shape) > 1 and isinstance(shape[1], str) else one
-        return feeds
+        return {name: array[row : row + 1] for name, array in self._arrays.items()}
 
     def mixed(self, ids: Sequence[int]) -> dict[str, NDArray[Any]]:
         """Feeds for a batch of several: the whole bank, and ``ids`` (rows here) as int64 [batch]."""

@@ -79,7 +79,7 @@ def _part(rows: Any, contents: Sequence[Content | None], banks: Mapping[str, Ban
         if not any(content is not None and kind in content.rows for content in distinct):
             continue
         if len(distinct) == 1 and distinct[0] is not None:
-            feeds |= bank.alone(distinct[0].rows[kind], distinct[0].sizes[kind])
+            feeds |= bank.alone(distinct[0].rows[kind])
         else:
             feeds |= bank.mixed([0 if content is None else content.rows.get(kind, 0) for content in contents])
     heads = [len(content.loaded.labels) for content in distinct if content is not None and content.loaded.headed]
