@@ -38,6 +38,7 @@ class Entry:
     pinned: bool = False
     leaving: bool = False
     users: int = 0  # runs that came by this name, alone or in a sum
+    look: _Look | None = None  # what a use finds as long as nothing changes
 
     @property
     def digest(self) -> str:
@@ -192,18 +193,19 @@ class Catalogue:
         """What ``looks`` found, if it is still so and (``named``) still goes by its name; the lock is held."""
         if self._closed:
             raise DeploymentError(f"{self._folder.root}: this deployment was closed.", hint="Open it again.")
-        holds = self._residents.holds
+        holds, known = self._residents.holds, self._entries
+        wanted = [look.wanted for look in looks]
         for look in looks:
             for entry, digest in look.entries:
-                if named and (self._entries.get(entry.name) is not entry or entry.leaving):
-                    if self._entries.get(entry.name) in (None, entry):
+                if named and (known.get(entry.name) is not entry or entry.leaving):
+                    if known.get(entry.name) in (None, entry):
                         raise self.absent(entry.name)
                     raise MustReadError  # replaced
                 if entry.loaded is None or entry.loaded.digest != digest:
                     raise MustReadError
-            if look.wanted.loaded is None and not holds(look.wanted.digest):
-                raise MustReadError
-        return [look.wanted for look in looks]
+        if not all(want.loaded is not None or holds(want.digest) for want in wanted):
+            raise MustReadError
+        return wanted
 
     @staticmethod
     def _count(looks: Sequence[_Look], change: int) -> None:
@@ -223,15 +225,14 @@ class Catalogue:
         return self._look_at(entry, reading)
 
     def _look_at(self, entry: Entry, reading: _Reading) -> _Look:
-        signature = entry.source.signature()
-        loaded = entry.loaded
-        gone = signature is None and loaded is not None
-        if loaded is not None and (gone or signature == entry.seen):
-            digest = loaded.digest
+        signature, look = entry.source.signature(), entry.look
+        gone = signature is None and look is not None
+        if look is not None and (gone or signature == entry.seen):
+            digest = look.wanted.digest
             if self._residents.holds(digest):
-                return _Look(Wanted(entry.name, digest), ((entry, digest),))
+                return look
             if digest in reading.fetched:
-                return _Look(Wanted(entry.name, digest, reading.fetched[digest]), ((entry, digest),))
+                return _Look(Wanted(entry.name, digest, reading.fetched[digest]), look.entries)
         if gone:
             raise DeploymentError(
                 f"{entry.name}: its file {entry.source.path} is gone, and it is not resident any more.",
@@ -294,8 +295,10 @@ class Catalogue:
     def _learn(self, entry: Entry, loaded: Loaded, seen: Signature) -> None:
         """``entry`` stands for ``loaded`` from now on; the lock is held."""
         before, entry.seen = entry.digest, seen
-        entry.loaded = loaded
-        if before != loaded.digest and self._entries.get(entry.name) is entry:
+        if before == loaded.digest:
+            return
+        entry.loaded, entry.look = loaded, _Look(Wanted(entry.name, loaded.digest), ((entry, loaded.digest),))
+        if self._entries.get(entry.name) is entry:
             self._residents.own(loaded.digest, pinned=entry.pinned)
             if before:
                 self._residents.disown(before, pinned=entry.pinned)
@@ -305,8 +308,9 @@ class Catalogue:
         old = self._entries.get(entry.name)
         self.unloaded.discard(entry.name)
         if old is not entry:
-            if entry.leaving:  # it was unloaded while it was loaded again
-                entry = replace(entry, leaving=False, users=0, pinned=False)
+            if entry.leaving and entry.loaded is not None:  # it was unloaded while it was loaded again
+                loaded, seen, entry = entry.loaded, entry.seen, Entry(entry.name, entry.source)
+                self._learn(entry, loaded, seen)
             self._entries[entry.name] = entry
             entry.pinned = old is not None and old.pinned
             self._residents.own(entry.digest, pinned=entry.pinned)

@@ -245,9 +245,9 @@ class Residents:
         digest = content.loaded.digest
         if content.users:
             return
-        if not content.terms and not self._owners[digest]:
+        if not content.terms and digest not in self._owners:
             self._drop(content)
-        elif not self._pins[digest]:
+        elif digest not in self._pins:
             self._idle[digest] = content
 
     def _drop(self, content: Content, *, tidy: bool = True) -> None:
