@@ -228,8 +228,7 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
 @lru_cache(maxsize=64)
 def output_order(axis: str, n: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
     """Factors (p, q) and output order of the graph's transform of length ``n``; see `TwoStage`."""
-    stages = get_transform(axis).axis.two_stage(n)
-    return (stages.p, stages.q), stages.order
+    return get_transform(axis).axis.output_order(n)
 
 
 def _heads(adapter: Adapter, layout: Layout) -> Arrays:

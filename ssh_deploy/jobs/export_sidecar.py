@@ -105,8 +105,7 @@ def _base_head(loaded: Loaded, slotted: Slotted) -> dict[str, NDArray[Any]]:
 
 
 def _pq(axis: str, n: int) -> tuple[int, int]:
-    stages = get_transform(axis).axis.two_stage(n)
-    return stages.p, stages.q
+    return get_transform(axis).axis.output_order(n)[0]
 
 
 def _validate(

@@ -143,11 +143,10 @@ class Axis(ABC):
 
         Multiply-adds per token: ``n(p + 2q)`` against ``n²`` (math.md, the two-stage factorisation).
         """
-        p, q = _factor(n)
+        (p, q), order = self.output_order(n)
         if p == 1:
-            return TwoStage(n, 1, n, np.ones((1, 1)), self.matrix(n)[None], np.arange(n), None)
-        half = np.arange(1, p // 2)
-        k1 = np.stack([np.append(0, half), np.append(p // 2, p - half)], axis=1)  # [p/2, 2], the pairs
+            return TwoStage(n, 1, n, np.ones((1, 1)), self.matrix(n)[None], order, None)
+        k1 = _pairs(p)
         angle = (2 * np.pi / p) * (np.outer(k1.reshape(-1), np.arange(p)) % p)
         first = np.cos(angle) + np.sin(angle)
         k = k1[:, :, None] + p * np.arange(q)  # [p/2, 2, q]
@@ -160,9 +159,18 @@ class Axis(ABC):
             second[1:, side, :, side], second[1:, side, :, 1 - side] = own[1:, side], other[1:, side]
             # 0 and p/2 are their own partners: the sines vanish
             second[0, side, :, side], second[0, side, :, 1 - side] = turned.real[0, side], 0.0
+        second = second.reshape(p // 2, 2 * q, 2 * q)
+        return TwoStage(n, p, q, first, second, order, self.permutation(n))
+
+    def output_order(self, n: int) -> tuple[tuple[int, int], Index]:
+        """``(p, q)`` and ``order`` of `two_stage` for length ``n``, without computing any factor."""
+        p, q = _factor(n)
+        if p == 1:
+            return (1, n), np.arange(n)
+        frequencies = _pairs(p)[:, :, None] + p * np.arange(q)
         order = np.empty(n, dtype=np.int64)
-        order[k.reshape(-1)] = np.arange(n)
-        return TwoStage(n, p, q, first, second.reshape(p // 2, 2 * q, 2 * q), order, self.permutation(n))
+        order[frequencies.reshape(-1)] = np.arange(n)
+        return (p, q), order
 
 
 class Transform(Protocol):
@@ -184,6 +192,12 @@ def _real(x: Tensor) -> Tensor:
     import torch
 
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+
+
+def _pairs(p: int) -> Index:
+    """The first stage's outputs in pairs (0, p/2), (1, p−1), (2, p−2) …, int64 [p/2, 2]."""
+    half = np.arange(1, p // 2)
+    return np.stack([np.append(0, half), np.append(p // 2, p - half)], axis=1)
 
 
 @lru_cache(maxsize=256)
