@@ -360,6 +360,29 @@ def test_a_failed_reading_fails_all_who_share_it_and_nobody_after(tmp_path, monk
     answer(deployment, "a")
 
 
+def test_a_file_that_changes_while_it_is_read_is_read_again(tmp_path, monkeypatch):
+    """What was read may be neither the old nor the new; a file that never rests is an error."""
+    deployment = opened(tmp_path)
+    path, other = write(tmp_path / "a.safetensors", 1), write(tmp_path / "b.safetensors", 2)
+    deployment.load("b", other)
+    plain, left = sources.read_source, [1]
+
+    def changing(*args, **options):
+        loaded = plain(*args, **options)
+        if left:
+            left.pop()
+            shutil.copy(other, tmp_path / "new")
+            (tmp_path / "new").replace(path)
+        return loaded
+
+    monkeypatch.setattr(sources, "read_source", changing)
+    assert deployment.load("a", path).digest == deployment.adapters["b"].digest
+    left[:] = [1] * 100
+    deployment.unload("a")
+    with pytest.raises(DeploymentError, match=r"(?s)changes while it is read.*rename"):
+        deployment.load("a", path)
+
+
 def test_closing_wakes_whoever_waits(tmp_path):
     deployment = opened(tmp_path, rows=10)
     for i in range(11):

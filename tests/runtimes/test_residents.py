@@ -99,6 +99,17 @@ def test_the_longest_idle_goes_first_and_rows_are_reused():
         r.acquire([Wanted("name2", "digest2")].copy)
 
 
+def test_a_batch_does_not_evict_its_own():
+    """The longest idle is wanted by the very batch that needs room."""
+    r = residents(3 * ROW["hartley"])
+    for i in (1, 2, 3):
+        load(r, i)
+    held = hold(r, want(1), want(4), want(2))
+    assert [r.holds(f"digest{i}") for i in (1, 2, 3, 4)] == [True, True, False, True]
+    for one in held:
+        check(r, one, ("hartley",))
+
+
 def test_an_eviction_for_another_kind():
     """Bytes are what counts: a head's 80 take the place of two spectra of 40."""
     r = residents(120)
@@ -237,7 +248,7 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.r = residents(6 * 40 + 3 * 24 + 2 * 80)
+        self.r = residents(3 * 40 + 2 * 24 + 80)
         self.kinds = {}
         self.names = {}
         self.pins = {}
