@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ssh_deploy.errors import DeploymentError
 
-#: One adapter for all rows, or one for each; None is the base.
+#: One adapter for all rows, or one for each; None is the base. A name may be a sum, `a+0.5*b` (`sums`).
 Adapters = str | Sequence[str | None] | None
 
 

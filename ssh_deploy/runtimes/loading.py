@@ -142,7 +142,7 @@ def _verified(adapter: Adapter, folder: Folder) -> bool:
     """
     samples = _samples(folder) if adapter.fingerprint is not None else None
     if adapter.fingerprint is None or samples is None:
-        log.warning("%s: base unverified: no fingerprint to compare with %s's", adapter.source, folder.base)
+        _warn_unverified(adapter.source, folder.base)
         return False
     reasons = samples.differences(adapter.fingerprint)
     if reasons:
@@ -151,6 +151,12 @@ def _verified(adapter: Adapter, folder: Folder) -> bool:
             hint=f"It names {adapter.base or 'no base'}; use the deployment that was exported from that base.",
         )
     return True
+
+
+@lru_cache(maxsize=4096)
+def _warn_unverified(source: Path, base: str) -> None:
+    """Once for each adapter: one that is evicted is read again and again."""
+    log.warning("%s: base unverified: no fingerprint to compare with %s's", source, base)
 
 
 @lru_cache(maxsize=8)

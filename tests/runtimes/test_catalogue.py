@@ -75,6 +75,14 @@ def test_evicted_adapters_are_read_again_at_their_next_use(tmp_path, reads):
     assert deployment.nbytes == 10 * ROW
 
 
+def test_an_unverified_base_is_said_once_not_at_every_reading(tmp_path, caplog):
+    deployment = opened(tmp_path, rows=10)
+    for _ in range(3):
+        for i in range(11):
+            deployment.load(f"a{i}", write(tmp_path / f"a{i}.safetensors", i))
+    assert len([r for r in caplog.records if "base unverified" in r.message]) == 11
+
+
 def test_a_changed_file_is_a_new_adapter_at_once(tmp_path, reads):
     deployment = opened(tmp_path)
     path, other = write(tmp_path / "a.safetensors", 1), write(tmp_path / "b.safetensors", 2)
