@@ -18,7 +18,7 @@ from ssh_deploy.runtimes.residents import Residents
 from ssh_deploy.runtimes.session import Input, onnxruntime
 
 DEFAULT_MEMORY = "1GiB"
-_NO_COEFFICIENTS, _LEAST_LABELS = 1024, 64
+_NO_COEFFICIENTS, _LEAST_LABELS = 1024, 16
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -108,7 +108,7 @@ def widths_of(
         inputs: adapter inputs of the graph.
         max_coefficients: of every row; None: each kind's widest stored adapter, else the widest of any kind, else
             1,024.
-        max_labels: of a head; None: the widest stored head, at least 64.
+        max_labels: of a head; None: the widest stored head, at least 16.
 
     Inner layers of a head are as wide as the layer after them is deep: the graph allows nothing else.
 

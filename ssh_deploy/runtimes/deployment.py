@@ -103,7 +103,7 @@ class Deployment:
                 now and taken from the system as adapters are loaded.
             max_coefficients: n of the widest adapter that may be loaded; every resident adapter takes that much room.
                 None: that of the folder's widest, 1,024 when it has none.
-            max_labels: of the widest head that may be loaded, likewise; None: the folder's widest, at least 64.
+            max_labels: of the widest head that may be loaded, likewise; None: the folder's widest, at least 16.
             providers: ONNX Runtime's execution providers; None takes CUDA where it is there, else the CPU.
 
         Raises:

@@ -154,13 +154,12 @@ class Axis(ABC):
         turned = self.weights(n)[k][..., None] * np.exp(-1j * theta)
         # Re(w e^{-i(a+θ)}) = cos a·Re + sin a·Im, with 2 cos a = cas a + cas(−a) and 2 sin a = cas a − cas(−a)
         own, other = (turned.real + turned.imag) / 2, (turned.real - turned.imag) / 2
-        second = np.empty((p // 2, 2, q, 2, q))
+        blocks = np.empty((p // 2, 2, q, 2, q))
         for side in (0, 1):
-            second[1:, side, :, side], second[1:, side, :, 1 - side] = own[1:, side], other[1:, side]
+            blocks[1:, side, :, side], blocks[1:, side, :, 1 - side] = own[1:, side], other[1:, side]
             # 0 and p/2 are their own partners: the sines vanish
-            second[0, side, :, side], second[0, side, :, 1 - side] = turned.real[0, side], 0.0
-        second = second.reshape(p // 2, 2 * q, 2 * q)
-        return TwoStage(n, p, q, first, second, order, self.permutation(n))
+            blocks[0, side, :, side], blocks[0, side, :, 1 - side] = turned.real[0, side], 0.0
+        return TwoStage(n, p, q, first, blocks.reshape(p // 2, 2 * q, 2 * q), order, self.permutation(n))
 
     def output_order(self, n: int) -> tuple[tuple[int, int], Index]:
         """``(p, q)`` and ``order`` of `two_stage` for length ``n``, without computing any factor."""

@@ -305,8 +305,8 @@ def test_memory_that_is_none(folder, memory):
 
 
 def test_a_budget_too_small_for_one_adapter(folder):
-    """A spectrum of two sites and four coefficients, and a head of up to 64 labels of 8 numbers."""
-    one = 2 * 4 * 6 + 2 * 4 + 64 * 9 * 4
+    """A spectrum of two sites and four coefficients, and a head of up to 16 labels of 8 numbers."""
+    one = 2 * 4 * 6 + 2 * 4 + 16 * 9 * 4
     refused(
         lambda: Deployment.open(folder, memory=one - 1), DeploymentError, f"{one - 1:,} bytes", f"{one:,}", "memory="
     )
@@ -315,7 +315,7 @@ def test_a_budget_too_small_for_one_adapter(folder):
 
 def test_more_adapters_at_once_than_the_budget_holds(folder):
     add_stored(folder, "other", arrays(adapter_scales=np.full(2, 3, np.float32)), labels=("a", "b"))
-    deployment = Deployment.open(folder, memory=2 * 4 * 6 + 2 * 4 + 64 * 9 * 4)
+    deployment = Deployment.open(folder, memory=2 * 4 * 6 + 2 * 4 + 16 * 9 * 4)
     for name in ("good", "other"):
         assert deployment.predict(["who"], name)
     refused(

@@ -38,7 +38,7 @@ def test_inner_layers_of_a_head_are_as_wide_as_the_next_is_deep(tmp_path):
     folder = open_folder(make_folder(tmp_path / "out", base_labels=3))
     inputs = {entry.name: entry for entry in entries}
     found = widths_of(folder, inputs, max_coefficients=None, max_labels=None)
-    assert found == {"classifier.dense.out": 32, "labels": 64}
+    assert found == {"classifier.dense.out": 32, "labels": 16}
     assert widths_of(folder, inputs, max_coefficients=5, max_labels=7) == {"classifier.dense.out": 32, "labels": 7}
 
 

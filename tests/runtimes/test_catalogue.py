@@ -445,7 +445,7 @@ def test_widths_follow_the_folder(tmp_path):
     folder = make_folder(tmp_path / "out", base_labels=3)
     with Deployment.open(folder) as deployment:
         assert deployment.how_many_fit().max_coefficients == {"hartley": 1024, "cosine": 1024}
-        assert deployment.how_many_fit().max_labels == 64
+        assert deployment.how_many_fit().max_labels == 16
         inputs, opened_folder = deployment.adapter_inputs, deployment.folder
     heads = {"classifier": {"weight": np.ones((70, 8), np.float32)}}
     for name, n, options in (("a", 30, {}), ("b", 50, {"heads": heads}), ("c", 7, {"transform": "cosine"})):
