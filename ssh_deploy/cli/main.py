@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -23,15 +24,23 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pack": ("ssh_deploy.cli.pack", "Pack adapters of a folder into one bank file."),
     "run": ("ssh_deploy.cli.run", "Answer texts with an exported folder, each with its own adapter."),
     "verify": ("ssh_deploy.cli.verify", "Compare torch with a merged checkpoint or an exported folder."),
+    "bench": ("ssh_deploy.cli.bench", "Measure a bank of adapters, beside the plain model and LoRA."),
 }
 
 
 class CommandTable(click.Group):
-    """A group whose commands are imported when asked for; their help lines come from the table."""
+    """A group whose commands are imported when asked for; their help lines come from the table.
+
+    ``table``: name → (module with ``command``, one line of help).
+    """
+
+    def __init__(self, *args: Any, table: Mapping[str, tuple[str, str]] = COMMANDS, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.table = table
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of the table."""
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import one command.
@@ -39,15 +48,15 @@ class CommandTable(click.Group):
         Raises:
             click.UsageError: unknown, with the nearest names.
         """
-        if cmd_name not in COMMANDS:
-            raise click.UsageError(f"No command {cmd_name!r}. {near_misses(cmd_name, COMMANDS)}", ctx)
-        command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        if cmd_name not in self.table:
+            raise click.UsageError(f"No command {cmd_name!r}. {near_misses(cmd_name, self.table)}", ctx)
+        command: click.Command = importlib.import_module(self.table[cmd_name][0]).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table without importing anything."""
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+            formatter.write_dl([(name, text) for name, (_, text) in self.table.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run; an error of ours ends with its message and exit status 1."""

@@ -10,6 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from ssh_deploy.cli.bench import BENCHES
 from ssh_deploy.cli.main import COMMANDS, main
 
 COMMAND = str(Path(sys.executable).parent / "ssh-deploy")
@@ -30,15 +31,19 @@ def test_help_lists_every_command_and_imports_none():
         assert text.split()[0] in rest
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
-def test_every_command_is_what_the_table_says(name):
-    command = importlib.import_module(COMMANDS[name][0]).command
+EVERY = {(name,): module for name, (module, _) in COMMANDS.items()}
+EVERY |= {("bench", name): module for name, (module, _) in BENCHES.items()}
+
+
+@pytest.mark.parametrize("path", list(EVERY), ids=" ".join)
+def test_every_command_is_what_the_table_says(path):
+    command = importlib.import_module(EVERY[path]).command
     assert isinstance(command, click.Command)
-    assert command.name == name
+    assert command.name == path[-1]
     assert command.help
     options = [option for p in command.params for option in p.opts]
-    assert "--json" in options
-    done = CliRunner().invoke(main, [name, "--help"])
+    assert "--json" in options or isinstance(command, click.Group)
+    done = CliRunner().invoke(main, [*path, "--help"])
     assert done.exit_code == 0, done.output
 
 

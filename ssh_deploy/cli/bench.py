@@ -1,0 +1,17 @@
+"""`ssh-deploy bench`: a table of measurements, each imported only when it runs."""
+
+from __future__ import annotations
+
+import click
+
+from ssh_deploy.cli.main import CommandTable
+
+BENCHES: dict[str, tuple[str, str]] = {
+    "bank": ("ssh_deploy.cli.bench_bank", "A bank of adapters beside the plain model and LoRA."),
+    "soak": ("ssh_deploy.cli.bench_soak", "Many threads on one deployment, every answer checked."),
+}
+
+
+@click.command("bench", cls=CommandTable, table=BENCHES)
+def command() -> None:
+    """Measure; ratios are medians of interleaved pairs. `--json` prints machine, results and summary."""
