@@ -41,9 +41,10 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 @click.option("--seconds", type=click.FloatRange(0.1), help="Most time for each group of variants; default 600.")
 @click.option("--threads", type=click.IntRange(1), help="Of one operator; default all cores.")
 @click.option("--work", type=click.Path(file_okay=False), help="Folder to keep graphs and adapter files in (2 GB).")
+@click.option("--out", type=click.Path(dir_okay=False), help="JSON file to write after each part.")
 @click.option("--quick", is_flag=True, help="A tiny shape and a few adapters: does it run?")
 @json_option
-def command(work: str | None, quick: bool, as_json: bool, **given: Any) -> None:
+def command(work: str | None, out: str | None, quick: bool, as_json: bool, **given: Any) -> None:
     """Measure what adapters cost: every row its own, off, one for all; 1 to 10,000 resident; swaps from disk."""
     from ssh_deploy.errors import UnknownNameError, near_misses
     from ssh_deploy.jobs.bench_bank import COLUMNS, PARTS, BankOptions, bench_bank
@@ -54,5 +55,6 @@ def command(work: str | None, quick: bool, as_json: bool, **given: Any) -> None:
     options = BankOptions(**((_QUICK if quick else {}) | {key: value for key, value in given.items() if value}))
     place = nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="ssh-deploy-bench-")
     with place as folder, progress_bar(as_json) as progress:
-        bench = bench_bank(Path(folder), options=options, progress=progress)
+        keep = (lambda bench: bench.write(Path(out))) if out else (lambda bench: None)
+        bench = bench_bank(Path(folder), options=options, progress=progress, grown=keep)
     show(as_json, bench.as_dict(), bench.lines(COLUMNS))

@@ -9,7 +9,7 @@ several sessions, and rounds go through them in turn. Answers are checked before
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.errors import DeploymentError, VerificationError
-from ssh_deploy.jobs.bench_models import COEFFICIENTS, LORA_BANK, Models, adapter_files, build_models, lora_arrays
+from ssh_deploy.jobs.bench_models import (
+    COEFFICIENTS,
+    LORA_BANK,
+    Models,
+    adapter_files,
+    build_models,
+    check_shape,
+    lora_arrays,
+)
 from ssh_deploy.jobs.benching import Bench, describe_machine, resident_bytes
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.timing import Timed, Variant, interleaved
@@ -66,8 +74,16 @@ class BankOptions:
     budget: int = 256
 
 
-def bench_bank(work: Path, *, options: BankOptions | None = None, progress: Progress = silent) -> Bench:
+def bench_bank(
+    work: Path,
+    *,
+    options: BankOptions | None = None,
+    progress: Progress = silent,
+    grown: Callable[[Bench], None] = lambda bench: None,
+) -> Bench:
     """Measure what ``options`` say, with graphs and adapter files kept under ``work`` for the next time.
+
+    ``grown`` is told after each part, so that nothing measured is lost.
 
     Raises:
         DeployError: ``work`` cannot be written, a package is missing, or options that fit nothing.
@@ -80,6 +96,8 @@ def bench_bank(work: Path, *, options: BankOptions | None = None, progress: Prog
             f"A budget of {options.budget} adapters for {options.few} that stay and batches of {rows}.",
             hint="Give a budget of at least as many.",
         )
+    for shape in options.shapes:
+        check_shape(shape)
     bench = Bench("bank", describe_machine(threads=options.threads))
     for shape in options.shapes:
         models = build_models(work, shape, ranks=_RANKS, progress=progress)
@@ -87,7 +105,8 @@ def bench_bank(work: Path, *, options: BankOptions | None = None, progress: Prog
         for part in PARTS:
             if part in options.parts:
                 getattr(run, part)()
-    _summarise(bench, options)
+                _summarise(bench, options)
+                grown(bench)
     return bench
 
 
@@ -141,7 +160,10 @@ class _Run:
             self._time((rows, tokens), variants)
 
     def resident(self) -> None:
-        """The same batch with few and with many resident, every row another where there are enough."""
+        """The same batch with few and with many resident, every row another where there are enough.
+
+        With one resident every row names it, and it is lent without ids: the ratio holds all that a full bank costs.
+        """
         batch = self._batch((8, 64))
         counts = sorted(set(self.options.resident))
         files = self._files(max(counts))
@@ -267,14 +289,17 @@ def _check_lora(
     rank: int,
     feeds: Feeds,
 ) -> None:
-    """The peer's bank gives each row what the peer's inputs give it alone."""
+    """The peer's bank gives each row what the peer's inputs give it alone, and that is not the base's answer."""
     mixed = sessions[rank, "bank"].run(given[rank, "bank"])
+    base = sessions[rank, "bank"].run(feeds)
     for row, adapter in enumerate(given[rank, "bank"]["lora_ids"].tolist()):
         own = {k: array[row : row + 1] for k, array in feeds.items()}
         own |= {k: array[adapter] for k, array in arrays[rank, "bank"].items()}
         for key, value in sessions[rank, "inputs"].run(own).items():
             if np.abs(value[0] - mixed[key][row]).max() > _CLOSE * float(np.abs(value).max()):
                 raise VerificationError(f"LoRA r={rank}: row {row} of the peer's bank is wrong.", hint="Report this.")
+            if np.abs(value[0] - base[key][row]).max() < _APART * float(np.abs(value).max()):
+                raise VerificationError(f"LoRA r={rank}: row {row} answers as the base.", hint="Report this.")
 
 
 def _summarise(bench: Bench, options: BankOptions) -> None:
@@ -304,8 +329,9 @@ def _plain(sessions: Sequence[Session], feeds: Feeds) -> Variant:
 
 
 def _adapted(banks: Sequence[Deployment], feeds: Feeds, adapters: Sequence[Adapters]) -> Variant:
-    """Round ``i`` runs the ``i``-th deployment with the ``i``-th of ``adapters``, both in turn."""
-    return lambda i: banks[i % len(banks)].run(feeds, adapters[i % len(adapters)])
+    """Round ``i`` runs the ``i``-th of ``adapters``; in k² rounds each deployment meets each session of `_plain`."""
+    turns = len(banks)
+    return lambda i: banks[(i + i // turns) % turns].run(feeds, adapters[i % len(adapters)])
 
 
 def _load(bank: Deployment, files: Sequence[Path], *, progress: Progress = silent) -> None:

@@ -56,18 +56,14 @@ def build_models(work: Path, shape: str, *, ranks: Sequence[int] = (8, 16), prog
         DependencyError: torch, transformers or onnx are not installed.
         OutputError: ``work`` cannot be written.
     """
-    if shape not in SHAPES:
-        raise UnknownNameError(f"No shape {shape!r}.", hint=near_misses(shape, SHAPES))
+    check_shape(shape)
     made = json.dumps({"release": __version__, "contract": CONTRACT, "ranks": list(ranks)})
     root = work / f"{shape}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
     lora = {(rank, form): root / f"lora{rank}-{form}" / "model.onnx" for rank in ranks for form in ("inputs", "bank")}
     models = Models(shape, root / "plain" / PLAIN, root / "slots", lora)
     if root.is_dir():
         return models
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{work}: {error.strerror}.", hint="Give a folder that can be written: --work DIR.") from None
+    _make(work)
     with whole_folder(root, need=4 * _bytes(shape) * (2 + len(lora))) as folder:
         checkpoint = folder / "checkpoint"
         _write_checkpoint(checkpoint, shape)
@@ -80,13 +76,23 @@ def build_models(work: Path, shape: str, *, ranks: Sequence[int] = (8, 16), prog
     return models
 
 
+def check_shape(shape: str) -> None:
+    """Refuse a name that is none of `SHAPES`.
+
+    Raises:
+        UnknownNameError: with the near ones.
+    """
+    if shape not in SHAPES:
+        raise UnknownNameError(f"No shape {shape!r}.", hint=near_misses(shape, SHAPES))
+
+
 def adapter_files(work: Path, folder: Folder, count: int, *, progress: Progress = silent) -> list[Path]:
     """``count`` compact files of different random adapters for all sites of ``folder``; those already there are kept.
 
     Each holds `COEFFICIENTS` float16 values a site (fewer where a weight has fewer places) and the base's fingerprint.
     """
     place = work / f"adapters-{folder.sites[0].inn}-{len(folder.sites)}"
-    place.mkdir(parents=True, exist_ok=True)
+    _make(place)
     paths = [place / f"a{i:05d}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
         if not path.exists():
@@ -127,6 +133,15 @@ def lora_arrays(shape: str, rank: int, form: str, *, seed: int = 0) -> dict[str,
         arrays[f"lora_a.{i}"] = rng.standard_normal((*many, hidden, rank), dtype=np.float32) * np.float32(0.05)
         arrays[f"lora_b.{i}"] = rng.standard_normal((*many, rank, hidden), dtype=np.float32) * np.float32(0.05)
     return arrays
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: {error.strerror}.", hint="Give a folder that can be written: --work DIR."
+        ) from None
 
 
 def _bytes(shape: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ssh_deploy.checkpoints.whole import whole_file
 
 _PACKAGES = ("ssh-deploy", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "torch", "transformers", "peft")
 
@@ -32,6 +35,15 @@ class Bench:
             "summary": self.summary,
             "notes": self.notes,
         }
+
+    def write(self, path: Path) -> None:
+        """Write `as_dict` as JSON in place of what is at ``path``, whole or not at all.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def lines(self, columns: Sequence[str]) -> list[str]:
         """For people: a table of ``columns`` of the results, then the summary."""

@@ -15,8 +15,8 @@ from ssh_deploy.adapters.fitting import fit
 from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, write_folder
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.index import open_checkpoint
-from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError, OutputError
+from ssh_deploy.registry import get_family
 
 FORMS = ("file", "peft")
 
@@ -140,12 +140,12 @@ def _bytes(path: Path) -> int:
 
 
 def _rounding(before: Adapter, after: Adapter) -> float:
-    worst = 0.0
+    """Largest change of a number, against the largest of its tensor."""
+    family, worst = get_family(before.family), 0.0
     for module, delta in before.deltas.items():
-        other = after.deltas[module]
-        assert isinstance(delta, SpectralDelta)
-        assert isinstance(other, SpectralDelta)
-        if delta.values.size:
-            change = np.abs(delta.values.astype(np.float64) - other.values.astype(np.float64)).max()
-            worst = max(worst, float(change / (np.abs(delta.values.astype(np.float64)).max() or 1.0)))
+        written = family.tensors(module, after.deltas[module])
+        for name, tensor in family.tensors(module, delta).items():
+            exact = tensor.astype(np.float64)
+            change = float(np.abs(exact - written[name]).max(initial=0.0))
+            worst = max(worst, change / (float(np.abs(exact).max(initial=0.0)) or 1.0))
     return worst

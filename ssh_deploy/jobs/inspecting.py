@@ -14,6 +14,7 @@ from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.index import open_checkpoint
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, FingerprintError
 
@@ -97,7 +98,7 @@ class Inspection:
         lines = [
             f"{self.source}: {self.form}, family {self.family}, transform {', '.join(self.transforms) or 'none'}",
             f"sha256 {self.digest}",
-            f"α = {alphas}{', ' + settings if settings else ''}",
+            ", ".join(part for part in (f"α = {alphas}" if alphas else "", settings) if part) or "no settings",
             f"task {self.task or 'unnamed'}; labels: {', '.join(self.labels) or 'unnamed'}",
             f"base {self.base or 'unnamed'}; fingerprint {self.fingerprint or 'none'}",
             *table,
@@ -176,7 +177,9 @@ def _held_against(path: Path, base: str | Path) -> tuple[Adapter, BaseView]:
 
 
 def _norm(delta: Delta) -> float | None:
-    """‖ΔW‖ by Parseval: every transform here is orthonormal once its gain is taken out."""
+    """‖ΔW‖ where ΔW need not be formed: of a spectrum by Parseval, since every transform here is orthonormal."""
+    if isinstance(delta, LowRankDelta):
+        return delta.norm
     if not isinstance(delta, SpectralDelta):
         return None
     return float(abs(delta.gain) * np.linalg.norm(delta.values.astype(np.float64)))

@@ -22,6 +22,7 @@ from ssh_deploy.checkpoints.index import Checkpoint
 from ssh_deploy.checkpoints.orientation import is_transposed
 from ssh_deploy.checkpoints.safefile import DTYPES, SafeFile
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError
 
@@ -70,10 +71,12 @@ def merging(
     def parts() -> Iterator[NDArray[Any]]:
         weight = checkpoint.read(f"{module}.weight")
         work = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
+        transposed = is_transposed(checkpoint, module)
+        base = weight.T if transposed else weight
         total = np.zeros(terms[0][0].shape, dtype=work)
         for delta, scale in terms:
-            _accumulate(total, delta, scale, device)
-        change = total.T if is_transposed(checkpoint, module) else total
+            _accumulate(total, delta, scale, device, base)
+        change = total.T if transposed else total
         step = max(1, _ROWS // weight.shape[1])
         for start in range(0, weight.shape[0], step):
             rows = slice(start, start + step)
@@ -83,7 +86,8 @@ def merging(
     return parts
 
 
-def _accumulate(total: NDArray[Any], delta: Delta, scale: float, device: str) -> None:
+def _accumulate(total: NDArray[Any], delta: Delta, scale: float, device: str, base: NDArray[Any]) -> None:
+    """``total += scale·ΔW``; ``base`` is W [out, in] as stored, for changes that depend on it."""
     if device == "cpu" and isinstance(delta, SpectralDelta):
         from ssh_deploy.transforms.cpu import add_synthesis
 
@@ -91,7 +95,10 @@ def _accumulate(total: NDArray[Any], delta: Delta, scale: float, device: str) ->
         return
     import torch
 
-    if device == "cpu":
+    if isinstance(delta, RelativeDelta):
+        own = torch.from_numpy(base.astype(total.dtype)).to(device)
+        total += scale * delta.change(own).cpu().numpy()
+    elif device == "cpu":
         delta.add_to(torch.from_numpy(total), scale=scale)  # in place for float32 and float64
     else:
         total += scale * delta.dense(device=device, dtype=getattr(torch, total.dtype.name)).cpu().numpy()

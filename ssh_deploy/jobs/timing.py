@@ -8,6 +8,7 @@ narrow enough, or the time is up: then the interval says how much the figure is 
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,8 @@ from ssh_deploy.jobs.progress import Progress, silent
 
 #: What is timed; round ``i`` is passed, so that a variant may use another session or another adapter each time.
 Variant = Callable[[int], object]
-_LEAST_ROUNDS, _LOOK_EVERY, _DRAWS = 8, 4, 1000
+_LEAST_ROUNDS, _DRAWS = 8, 1000
+_LOOK_AGAIN = 1.25  # a look costs as much as many rounds: the next comes after a quarter more of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def interleaved(
         variants[name](0)
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
-    started, rounds = clock(), 0
+    started, rounds, look = clock(), 0, least
     while True:
         for i in rng.permutation(len(names)).tolist():
             name = names[i]
@@ -91,8 +93,12 @@ def interleaved(
         progress(stage, int(min(spent, seconds) * 1000), int(seconds * 1000))
         if rounds < least:
             continue
-        if spent >= seconds or (rounds % _LOOK_EVERY == 0 and _settled(wall, base, width, seed)):
+        if spent >= seconds:
             break
+        if rounds >= look:
+            if _settled(wall, base, width, seed):
+                break
+            look = math.ceil(rounds * _LOOK_AGAIN)
     progress(stage, int(seconds * 1000), int(seconds * 1000))
     return {name: _timed(name, wall, cpu, base, seed) for name in names}
 

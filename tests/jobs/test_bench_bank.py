@@ -1,12 +1,14 @@
 """What `bench bank` measures: peers that answer rightly, files that differ, checks that would stop a wrong run."""
 
+import json
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 from ssh_deploy.adapters.reading import read_adapter
-from ssh_deploy.errors import DeploymentError, UnknownNameError, VerificationError
+from ssh_deploy.errors import DeploymentError, OutputError, UnknownNameError, VerificationError
 from ssh_deploy.jobs import bench_bank as bank_module
 from ssh_deploy.jobs.bench_bank import BankOptions, bench_bank, check_answers
 from ssh_deploy.jobs.bench_models import adapter_files, add_lora, build_models, lora_arrays
@@ -158,6 +160,50 @@ def test_a_wrong_peer_is_never_timed(models, work, monkeypatch):
         bench_bank(work, options=options)
 
 
+def test_a_peer_without_effect_is_never_timed(work, monkeypatch):
+    nothing = {name: np.zeros_like(array) for name, array in lora_arrays("pico", 8, "bank").items()}
+    monkeypatch.setattr(
+        bank_module, "lora_arrays", lambda shape, rank, form: lora_arrays(shape, rank, form) if rank != 8 else (
+            nothing if form == "bank" else {name: array[0] for name, array in nothing.items()}
+        ),
+    )  # fmt: skip
+    options = BankOptions(shapes=("pico",), batches=((2, 4),), parts=("lora",), seconds=0.1)
+    with pytest.raises(VerificationError, match="answers as the base"):
+        bench_bank(work, options=options)
+
+
+def test_a_shape_that_is_none_is_refused_before_anything_is_measured(work):
+    told = []
+    with pytest.raises(UnknownNameError, match="nope"):
+        bench_bank(work, options=BankOptions(shapes=("pico", "nope")), grown=told.append)
+    assert not told
+
+
+def test_a_place_for_adapters_that_cannot_be_made(tmp_path, models):
+    folder = open_folder(models.slots)
+    (tmp_path / "adapters-48-4").write_text("")
+    with pytest.raises(OutputError, match="adapters-48-4"):
+        adapter_files(tmp_path, folder, 1)
+
+
+def test_every_deployment_meets_every_plain_session():
+    class Counting:
+        def __init__(self, name, met):
+            self.name, self.met = name, met
+
+        def run(self, feeds, adapters=None):
+            self.met.append((self.name, adapters))
+
+    met, other = [], []
+    base = bank_module._plain([Counting(i, met) for i in range(3)], {})
+    ours = bank_module._adapted([Counting(i, other) for i in range(3)], {}, ["a", "b"])
+    for i in range(18):
+        base(i)
+        ours(i)
+    assert len({(a, b) for (a, _), (b, _) in zip(met, other, strict=True)}) == 9
+    assert [name for _, name in other] == ["a", "b"] * 9
+
+
 def test_unknown_shape_lists_the_near_ones(work):
     with pytest.raises(UnknownNameError, match="bert-base"):
         build_models(work, "bert-bse")
@@ -170,10 +216,15 @@ def test_a_budget_below_the_batch_is_refused(work):
 
 def test_parts_alone_fill_their_part_of_the_summary(work):
     options = BankOptions(
-        shapes=("pico",), batches=((1, 4), (3, 4)), resident=(1, 6), parts=("resident",), seconds=0.1, sessions=1
-    )
-    found = bench_bank(work, options=options)
-    assert set(found.summary) == {"ratio_6_vs_1", "bytes_per_adapter"}
+        shapes=("pico",), batches=((1, 4), (3, 4)), resident=(1, 6), parts=("resident", "swap"), seconds=0.1, many=9,
+        sessions=1, budget=4, few=2,
+    )  # fmt: skip
+    told = []
+    found = bench_bank(work, options=options, grown=lambda bench: told.append(dict(bench.summary)))
+    assert [sorted(one) for one in told] == [["bytes_per_adapter", "ratio_6_vs_1"], sorted(found.summary)]
+    found.write(work / "out.json")
+    assert json.loads((work / "out.json").read_text())["summary"] == found.summary
+    assert set(found.summary) == {"ratio_6_vs_1", "bytes_per_adapter", "swap_ms"}
     assert found.summary["bytes_per_adapter"] == 4 * (750 * 6 + 4)
     rows = {row["variant"]: row for row in found.results}
     assert rows["resident_6"]["bank_bytes"] == 6 * found.summary["bytes_per_adapter"]

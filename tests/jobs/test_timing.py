@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ssh_deploy.jobs import timing
 from ssh_deploy.jobs.timing import interleaved, median_interval
 
 
@@ -104,3 +105,25 @@ def test_the_interval_covers_the_median_as_often_as_it_says():
         low, high = median_interval(rng.standard_normal(40) + 1.0, seed=seed)
         inside += low <= 1.0 <= high
     assert 180 <= inside <= 199
+
+
+def test_one_outlier_and_the_warm_up_move_nothing():
+    found = timed(Clock(), {"base": 0.01, "x": lambda i: 9.0 if i == 5 else 0.02}, least=40, width=5.0)
+    assert found["x"].ratio == pytest.approx(2.0)
+    clock, calls = Clock(), []
+
+    def cold(i):
+        calls.append(i)
+        clock.now += 5.0 if len(calls) == 1 else 0.02
+
+    steady = clock.takes("base", 0.01)
+    found = interleaved({"base": steady, "x": cold}, base="base", clock=clock, cpu_clock=clock)
+    assert found["x"].high == pytest.approx(2.0)
+
+
+def test_looks_grow_rarer_as_rounds_grow(monkeypatch):
+    looks = []
+    monkeypatch.setattr(timing, "_settled", lambda wall, *rest: looks.append(len(wall["x"])))
+    timed(Clock(), {"base": 0.01, "x": 0.01}, seconds=40.0)
+    assert looks[:4] == [8, 10, 13, 17]
+    assert len(looks) < 30
