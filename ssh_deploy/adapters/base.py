@@ -83,7 +83,10 @@ class Family(Protocol):
         """Deltas of a PEFT folder of this family."""
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
-        """The family's own fields of adapter_config.json, to write ``adapter`` as a PEFT folder."""
+        """The family's own fields of adapter_config.json, to write ``adapter`` as a PEFT folder.
+
+        ``module_shapes: None`` leaves the shapes out, where the tensors tell them.
+        """
 
     def tensors(self, module: str, delta: Any) -> dict[str, NDArray[Any]]:
         """Tensors of one delta by the name PEFT gives them, for a PEFT folder."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def read_folder(folder: Path, *, shapes: Shapes | None = None) -> Adapter:
     digest = hashlib.sha256(raw)
     digest.update(file.content)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in file.tensors.items()}
+    if len(tensors) != len(file.tensors):
+        twice = next(name for name in tensors if {name, f"{_PREFIX}{name}"} <= set(file.tensors))
+        raise AdapterFileError(
+            f"{weights_path}: {twice} is there with and without {_PREFIX!r}.", hint="Save the adapter again with PEFT."
+        )
     family = _family(config["peft_type"])
     adapter: Adapter = family.read(AdapterFiles(folder, config, tensors, digest.hexdigest(), shapes))
     return adapter
@@ -139,6 +144,21 @@ def adapter_of(
     )
 
 
+def by_module(
+    files: AdapterFiles, parts: Collection[str]
+) -> tuple[dict[str, dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]:
+    """Tensors called ``<module>.<part>`` by module and part, and all others by name; a part may hold dots."""
+    modules: dict[str, dict[str, NDArray[Any]]] = {}
+    rest: dict[str, NDArray[Any]] = {}
+    for name, tensor in files.tensors.items():
+        part = next((part for part in parts if name.endswith(f".{part}")), None)
+        if part is None:
+            rest[name] = tensor
+        else:
+            modules.setdefault(name.removesuffix(f".{part}"), {})[part] = tensor
+    return modules, rest
+
+
 def module_shape(files: AdapterFiles, module: str) -> tuple[int, ...]:
     """Declared or known (out, in) of ``module``'s weight.
 
@@ -202,6 +222,9 @@ def write_folder(adapter: Adapter, folder: Path) -> None:
         "labels": list(adapter.labels) or None,
         **family.config(adapter),
     }
+    for key in ("module_shapes", "labels"):  # ours, not PEFT's, which warns of fields it does not know
+        if config[key] is None:
+            del config[key]
     with whole_folder(folder) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -46,8 +46,8 @@ def test_transform_of_another_family_is_refused(tmp_path):
 
 def test_family_that_is_not_installed_lists_those_that_are(tmp_path):
     config, tensors, shapes, _ = TestSSH().example(np.random.default_rng(0))
-    folder = write_peft_example(tmp_path / "a", {**config, "peft_type": "LOKR"}, tensors)
+    folder = write_peft_example(tmp_path / "a", {**config, "peft_type": "NO_SUCH"}, tensors)
     from ssh_deploy.adapters.peft_folder import read_folder
 
-    with pytest.raises(RegistryError, match=r"(?s)LOKR.*sdctft, ssh"):
+    with pytest.raises(RegistryError, match=r"(?s)NO_SUCH.*sdctft, ssh"):
         read_folder(folder, shapes=shapes)

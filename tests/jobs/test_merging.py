@@ -493,7 +493,7 @@ def test_a_device_path_sums_like_the_cpu(monkeypatch):
     delta = random_adapter({"x": (48, 80)}).deltas["x"]
     dense_of = type(delta).dense
     monkeypatch.setattr(type(delta), "dense", lambda self, *, device, dtype: dense_of(self, dtype=dtype))
-    rounding._accumulate(total, delta, -2.0, "cuda")
+    rounding._accumulate(total, delta, -2.0, "cuda", np.zeros_like(total))
     np.testing.assert_allclose(total, 1 - 2 * dense(delta), atol=1e-6)
 
 
