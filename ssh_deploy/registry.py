@@ -41,9 +41,15 @@ class Claim:
 
 
 @cache
-def _points(read: Callable[..., Iterable[EntryPoint]], group: str) -> tuple[EntryPoint, ...]:
-    """Entry points of ``group``: read once, since it takes 9 ms and an adapter of 12 sites asks a hundred times."""
-    return tuple(read(group=group))
+def _points(read: Callable[..., Iterable[EntryPoint]], group: str) -> tuple[Claim, ...]:
+    """Claims of installed packages: read once, since it takes 9 ms and 0.2 ms for each package's name.
+
+    An adapter of 12 sites asks a hundred times.
+    """
+    return tuple(
+        Claim(point.name, point.value, point.dist.name if point.dist is not None else "unknown package")
+        for point in read(group=group)
+    )
 
 
 def claims(group: str) -> dict[str, list[Claim]]:
@@ -51,11 +57,9 @@ def claims(group: str) -> dict[str, list[Claim]]:
     found: dict[str, list[Claim]] = {}
     for name, target in _BUILT_IN.get(group, {}).items():
         found.setdefault(name, []).append(Claim(name, target, "ssh-deploy"))
-    for point in _points(entry_points, group):
-        package = point.dist.name if point.dist is not None else "unknown package"
-        claim = Claim(point.name, point.value, package)
-        if claim not in found.setdefault(point.name, []):
-            found[point.name].append(claim)
+    for claim in _points(entry_points, group):
+        if claim not in found.setdefault(claim.name, []):
+            found[claim.name].append(claim)
     return found
 
 
