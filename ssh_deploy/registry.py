@@ -27,6 +27,7 @@ _BUILT_IN: dict[str, dict[str, str]] = {
         "hartley": "ssh_deploy.transforms.hartley:SEPARABLE",
         "hartley-joint": "ssh_deploy.transforms.hartley:JOINT",
         "cosine": "ssh_deploy.transforms.cosine:COSINE",
+        "fourier": "ssh_deploy.transforms.fourier:FOURIER",
     },
 }
 

@@ -177,12 +177,15 @@ def _held_against(path: Path, base: str | Path) -> tuple[Adapter, BaseView]:
 
 
 def _norm(delta: Delta) -> float | None:
-    """‖ΔW‖ where ΔW need not be formed: of a spectrum by Parseval, since every transform here is orthonormal."""
+    """‖ΔW‖ where ΔW need not be formed: of a spectrum by Parseval, since every axis is orthonormal."""
     if isinstance(delta, LowRankDelta):
         return delta.norm
     if not isinstance(delta, SpectralDelta):
         return None
-    return float(abs(delta.gain) * np.linalg.norm(delta.values.astype(np.float64)))
+    spectrum = delta.separable()
+    _, places = np.unique(spectrum.rows * delta.shape[1] + spectrum.cols, return_inverse=True)  # duplicates add
+    sums = np.bincount(places, weights=spectrum.values.astype(np.float64))
+    return float(abs(delta.gain * spectrum.factor) * np.linalg.norm(sums))
 
 
 def _size(adapter: Adapter) -> int:

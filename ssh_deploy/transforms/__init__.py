@@ -13,7 +13,7 @@ GROUP = "ssh_deploy.transforms"
 
 @cache  # reading install metadata costs 5 ms; a delta asks twice
 def get_transform(name: str) -> Transform:
-    """The transform that goes by ``name``: ``hartley``, ``hartley-joint`` or ``cosine``.
+    """The transform that goes by ``name``: ``hartley``, ``hartley-joint``, ``cosine`` or ``fourier``.
 
     Raises:
         RegistryError: unknown name; the installed ones are listed.

@@ -18,8 +18,8 @@ def cas(t: Float) -> Float:
 def basis(transform: str, u: int, v: int, shape: tuple[int, int], *, norm: str) -> Float:
     """The matrix of one coefficient at (u, v), float64 [M, N].
 
-    ``norm="backward"``: ``1/(MN)`` times the bare basis function (SSH, math.md's table); ``norm="ortho"``: unit
-    Frobenius norm, the orthonormal basis.
+    ``norm="backward"``: ``1/(MN)`` times the bare basis function (SSH, FourierFT); ``norm="ortho"``: ``1/√(MN)`` times
+    it, which has unit Frobenius norm and is an orthonormal basis (``fourier`` apart: its matrices are not one).
     """
     m, n = shape
     x, y = np.arange(m)[:, None], np.arange(n)[None, :]
@@ -27,6 +27,8 @@ def basis(transform: str, u: int, v: int, shape: tuple[int, int], *, norm: str) 
         bare = cas(2 * np.pi * u * x / m) * cas(2 * np.pi * v * y / n)
     elif transform == "hartley-joint":
         bare = cas(2 * np.pi * (u * x / m + v * y / n))
+    elif transform == "fourier":
+        bare = np.cos(2 * np.pi * (u * x / m + v * y / n))
     elif transform == "cosine":
         bare = np.cos(np.pi * (2 * x + 1) * u / (2 * m)) * np.cos(np.pi * (2 * y + 1) * v / (2 * n))
         bare = bare * (1 if u == 0 else np.sqrt(2)) * (1 if v == 0 else np.sqrt(2))

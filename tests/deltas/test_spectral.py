@@ -32,6 +32,10 @@ class TestSDCTFT(SpectralContract):
     transform, norm = "cosine", "ortho"
 
 
+class TestFourierFT(SpectralContract):
+    transform = "fourier"
+
+
 def test_gain_of_the_paper_and_of_the_orthonormal_form():
     places = sparse_spectrum(np.random.default_rng(0), (6, 24), 3)
     assert SpectralDelta((6, 24), "hartley", *places, 12.0, "backward").gain == pytest.approx(1.0)

@@ -51,12 +51,13 @@ def test_numbers(tmp_path, transform):
         assert word in text
 
 
-def test_the_norm_of_places_that_meet_in_the_separable_basis(tmp_path):
-    """Joint coefficients at (0, v), (M/2, v), and (u, v) beside (−u, v), share separable terms: still orthonormal."""
+@pytest.mark.parametrize("transform", ["hartley-joint", "fourier"])
+def test_the_norm_of_places_that_meet_in_the_separable_basis(tmp_path, transform):
+    """Places such as (0, v), (M/2, v), (u, v) beside (−u, v) or (−u, −v) share separable terms."""
     module = "bert.encoder.layer.0.output.dense"
-    adapter = random_adapter({module: (48, 80)}, n=4, transform="hartley-joint")
+    adapter = random_adapter({module: (48, 80)}, n=6, transform=transform)
     delta = adapter.deltas[module]
-    delta.rows[:], delta.cols[:] = (0, 24, 5, 43), (7, 9, 6, 6)
+    delta.rows[:], delta.cols[:] = (0, 24, 5, 43, 43, 0), (7, 9, 6, 6, 74, 0)
     write_file(adapter, tmp_path / "a.safetensors", values_dtype=np.float32)
     want = reference.delta(
         delta.transform, delta.rows, delta.cols, delta.values, delta.shape, alpha=delta.alpha, norm=delta.norm

@@ -23,6 +23,19 @@ class TestCosine(TransformContract):
     name = "cosine"
 
 
+class TestFourier(TransformContract):
+    name = "fourier"
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (7, 5), (1, 8)])
+def test_fourier_is_the_real_part_of_ifft2(shape):
+    rows, cols, values = sparse_spectrum(np.random.default_rng(3), shape, 9)
+    spectrum = np.zeros(shape)
+    spectrum[rows, cols] = values
+    got = reference.delta("fourier", rows, cols, values, shape, alpha=1.0, norm="backward")
+    np.testing.assert_allclose(got, np.fft.ifft2(spectrum).real, atol=1e-14)
+
+
 def test_joint_and_separable_are_different_transforms():
     weight = np.random.default_rng(0).normal(size=(64, 64))
     strongest = [
@@ -41,9 +54,9 @@ def test_hartley_sign_is_cos_plus_sin():
 
 
 def test_unknown_transform_lists_what_is_installed():
-    with pytest.raises(RegistryError, match="cosine, hartley, hartley-joint"):
+    with pytest.raises(RegistryError, match="cosine, fourier, hartley, hartley-joint"):
         get_transform("wavelet")
-    assert transform_names() == ["cosine", "hartley", "hartley-joint"]
+    assert transform_names() == ["cosine", "fourier", "hartley", "hartley-joint"]
 
 
 sides = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 13, 31, 97, 64]))
@@ -54,7 +67,7 @@ sides = st.one_of(st.integers(1, 40), st.sampled_from([1, 2, 13, 31, 97, 64]))
     m=sides,
     n=sides,
     count=st.integers(0, 60),
-    name=st.sampled_from(["hartley", "hartley-joint", "cosine"]),
+    name=st.sampled_from(["hartley", "hartley-joint", "cosine", "fourier"]),
     seed=st.integers(0, 9),
 )
 def test_fast_path_is_the_definition_for_any_shape(m, n, count, name, seed):
