@@ -3,7 +3,8 @@
 An adapter becomes one row of each bank it uses: values as in its own file (f16 or f32), one f32 scale a site (α, the
 orthonormal transforms' share, the factor of a joint spectrum's expansion), and places renumbered to the order in which
 the graph's transforms put their outputs, *rows descending* (`lowering.spectral` says why). Sites that it leaves alone
-hold zeros with scale 0. Heads that it did not train are the base's own. Needs numpy, and onnxruntime to write.
+hold zeros with scale 0. Heads that it did not train are the base's own. Low-rank adapters: `lowrank_rows`. Needs
+numpy, and onnxruntime to write.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import Adapter, finite
 from ssh_deploy.checkpoints.whole import whole_file
+from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import RelativeDelta
+from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.spectral import SpectralDelta, Stack, stacked
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, near_misses
+from ssh_deploy.graph.lowrank_rows import A, product_rows, stack_lowrank
 from ssh_deploy.transforms import get_transform
 
 GUARD = "adapter_guard"
@@ -59,7 +64,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
     """One row of each bank that ``adapter`` uses, by input name, without the leading row dimension.
 
     Args:
-        adapter: spectral deltas and replaced heads.
+        adapter: spectral and low-rank deltas, and replaced heads.
         layout: of the graph.
         places: module of ``layout.sites`` by the adapter's module path.
 
@@ -68,9 +73,10 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
     """
     table = {module: (row, n_out, n_in) for row, (module, n_in, n_out) in enumerate(layout.sites)}
     by_kind: dict[str, dict[int, SpectralDelta]] = {}
+    products: dict[int, LowRankDelta] = {}
     for module, delta in adapter.deltas.items():
-        kind = delta.axis.name if isinstance(delta, SpectralDelta) else delta.kind
-        if kind not in layout.kinds or not isinstance(delta, SpectralDelta):
+        kind = slot_kind(f"{adapter.source}: {module}", delta)
+        if kind not in layout.kinds:
             wanted = ",".join(dict.fromkeys([*layout.kinds, kind]))
             raise AdapterMismatchError(
                 f"{adapter.source}: {module} needs a {kind} slot; the graph has {', '.join(layout.kinds) or 'none'}.",
@@ -88,13 +94,37 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
                 f"{adapter.source}: {module} is for a weight of {list(delta.shape)}, the graph's is {shape}.",
                 hint="This adapter belongs to another base.",
             )
-        by_kind.setdefault(kind, {})[row] = delta
-    arrays: Arrays = {}
+        if isinstance(delta, LowRankDelta):
+            products[row] = delta
+        elif isinstance(delta, SpectralDelta):
+            by_kind.setdefault(kind, {})[row] = delta
+    arrays: Arrays = product_rows(str(adapter.source), products, layout.sites) if products else {}
     for kind, deltas in by_kind.items():
         arrays |= _spectral(adapter, kind, deltas, layout)
     if adapter.replaced:
         arrays |= _heads(adapter, layout)
     return arrays
+
+
+def slot_kind(where: str, delta: Delta) -> str:
+    """Kind of slot that holds ``delta``.
+
+    Raises:
+        AdapterMismatchError: none can, and why; ``where`` names the delta.
+    """
+    if isinstance(delta, SpectralDelta):
+        return delta.axis.name
+    if isinstance(delta, LowRankDelta):
+        return delta.kind
+    why = (
+        "it changes a weight by what that weight is, and a slot only sees what passes through it"
+        if isinstance(delta, RelativeDelta)
+        else "it is neither a sparse spectrum nor a product of two thin matrices"
+    )
+    raise AdapterMismatchError(
+        f"{where}: no slot can hold a {delta.kind} delta: {why}.",
+        hint="Merge it: `ssh-deploy merge`, or export with --mode merged.",
+    )
 
 
 def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str, list[int]]]:
@@ -129,6 +159,11 @@ def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str
         banks[f"{prefix}scales"] = np.stack(
             [np.zeros(len(layout.sites), np.float32), *(r[f"{prefix}scales"] for r in own)]
         )
+    if "lowrank" in layout.kinds and layout.sites:
+        key = f"{A}{layout.sites[0][1]}"
+        ids["adapter_lowrank_ids"] = _numbers(rows, key)
+        if own := [r for r in rows if key in r]:
+            banks |= stack_lowrank(own)
     if "head" in layout.kinds and layout.heads:
         last = f"adapter_head.{layout.heads[-1][0]}.bias"
         own = [r for r in rows if last in r]

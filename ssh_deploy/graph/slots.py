@@ -19,8 +19,11 @@ import onnx_ir as ir
 from ssh_deploy.errors import GraphError, SlotError, near_misses
 from ssh_deploy.graph.emitter import Constants, Emitter
 from ssh_deploy.graph.lowering import head as heads
-from ssh_deploy.graph.lowering import spectral
+from ssh_deploy.graph.lowering import lowrank, spectral
+from ssh_deploy.graph.lowrank_rows import A, B, sites_by_width
 from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
+
+Bank = spectral.SpectralBank | lowrank.LowRankBank
 
 #: Prefix of the inputs of each spectral kind.
 PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
@@ -31,7 +34,7 @@ class Plan:
     """What slots a graph is to have.
 
     Attributes:
-        sites: modules of the traced model with spectral slots.
+        sites: modules of the traced model with slots for deltas.
         kinds: of `lowering.LOWERINGS`, in their order there.
         heads: modules with a head slot.
         missing: head modules that the base does not have.
@@ -89,11 +92,13 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     sides = {call.module: (call.outputs, call.inputs) for call in wanted}
     shapes = [sides[name] for name in table]
     sizes = _group_sizes(groups, table)
-    banks = [
+    banks: list[Bank] = [
         _spectral_bank(graph, first, kind, plan, batch, shapes, sizes)
         for kind in plan.kinds
         if kind in PREFIXES and table
     ]
+    if "lowrank" in plan.kinds and table:
+        banks.append(_lowrank_bank(graph, first, plan, batch, shapes))
     head_calls = sorted((calls[name][0] for name in plan.heads), key=lambda call: order[id(call.nodes[0])])
     if any(len(calls[name]) > 1 for name in plan.heads):
         raise SlotError("A head module is called more than once.", hint="Use --mode merged.")
@@ -104,7 +109,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
         head_bank = heads.prepare(first, head_inputs, ids)
     graph.insert_before(graph[0], first.nodes)
     for group in groups:
-        _fill(graph, constants, banks, group, table)
+        _fill(graph, constants, banks, group, table, shapes)
     for call in head_calls:
         _replace_head(graph, constants, call, head_bank, head_inputs, plan, batch, last=call is head_calls[-1])
     graph.sort()
@@ -168,6 +173,31 @@ def _spectral_bank(
     return spectral.prepare(emitter, kind, inputs, ids, shapes=shapes, groups=groups)
 
 
+def _lowrank_bank(
+    graph: ir.Graph, emitter: Emitter, plan: Plan, batch: ir.Value, shapes: Sequence[tuple[int, int]]
+) -> lowrank.LowRankBank:
+    ids = _ids(graph, emitter, "adapter_lowrank_ids", "lowrank_requests", batch, plan)
+    inputs, outputs = (sites_by_width([shape[side] for shape in shapes]) for side in (1, 0))
+    rank, float32 = "lowrank_rank", ir.DataType.FLOAT
+    a, b = {}, {}
+    for n, sites in inputs.items():
+        sides: tuple[int | str, ...] = ("lowrank_adapters", len(sites), rank, n)
+        a[n] = _input(graph, f"{A}{n}", float32, sides, np.zeros((1, len(sites), 0, n)), plan)
+    for n, sites in outputs.items():
+        sides = ("lowrank_adapters", len(sites), n, rank)
+        b[n] = _input(graph, f"{B}{n}", float32, sides, np.zeros((1, len(sites), n, 0)), plan)
+    most = max(len(sites) for sites in (*inputs.values(), *outputs.values()))
+    return lowrank.prepare(emitter, a, b, ids, most=most)
+
+
+def _lowrank_places(table: Mapping[str, int], shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Place of every module among the sites of its in, and among those of its out."""
+    of_in, of_out = (sites_by_width([shape[side] for shape in shapes]) for side in (1, 0))
+    return {
+        module: (of_in[shapes[row][1]].index(row), of_out[shapes[row][0]].index(row)) for module, row in table.items()
+    }
+
+
 def place_dtype(shapes: Sequence[tuple[int, int]]) -> np.dtype[np.uint16] | np.dtype[np.int32]:
     """Of places in weights of ``shapes``: uint16, or int32 where a side exceeds 65,536."""
     return np.dtype(np.uint16) if max(side for shape in shapes for side in shape) <= 1 << 16 else np.dtype(np.int32)
@@ -189,17 +219,22 @@ def _head_inputs(graph: ir.Graph, calls: Sequence[Call], plan: Plan) -> dict[str
 def _fill(
     graph: ir.Graph,
     constants: Constants,
-    banks: Sequence[spectral.SpectralBank],
+    banks: Sequence[Bank],
     group: Sequence[Call],
     table: Mapping[str, int],
+    shapes: Sequence[tuple[int, int]],
 ) -> None:
     """Add the contributions of all banks to the results of one group of calls."""
     for bank in banks:
-        emitter = Emitter(constants, f"adapter/{bank.axis}/{group[0].module}")
+        kind = bank.axis if isinstance(bank, spectral.SpectralBank) else "lowrank"
+        emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
         products = [_current(call) for call in group]
         users = [list(product.uses()) for product in products]
-        terms = spectral.contribution(then, bank, group, table)
+        if isinstance(bank, spectral.SpectralBank):
+            terms = spectral.contribution(then, bank, group, table)
+        else:
+            terms = lowrank.contribution(then, bank, group, _lowrank_places(table, shapes))
         nowhere = other.const(np.zeros(0), np.int64)
         absent = [other.op("Gather", product, nowhere, axis=0) for product in products]  # no rows of the right shape
         for value in (*terms, *absent):
@@ -207,7 +242,7 @@ def _fill(
         sums = emitter.when(bank.gate, then, terms, other, absent)
         graph.extend(emitter.nodes)  # sorted in the end
         for call, result, term, uses in zip(group, products, sums, users, strict=True):
-            add = Emitter(constants, f"adapter/{bank.axis}/{call.module}/add")
+            add = Emitter(constants, f"adapter/{kind}/{call.module}/add")
             total = add.op("ScatterND", result, bank.batch, term, reduction="add")
             total.shape, total.dtype = result.shape, ir.DataType.FLOAT
             producer = result.producer()

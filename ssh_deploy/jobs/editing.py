@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.errors import OutputError, UnknownNameError, VerificationError, near_misses
-from ssh_deploy.graph.bank_file import PREFIXES
+from ssh_deploy.graph.lowrank_rows import B
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs.folder_adapters import layout_of, write_rows
 from ssh_deploy.jobs.naming import named_paths
@@ -68,7 +68,7 @@ def add_adapter(folder: str | Path, adapter: str) -> EditReport:
     deployment = read_json(opened.root, files.DEPLOYMENT)
     arrays = {key: array for rows in loaded.kinds.values() for key, array in rows.items()}
     written = write_rows(opened.root, name, arrays, layout_of(opened.root, deployment))
-    widths = [a.shape[-1] for key, a in arrays.items() if key.endswith("values")]
+    widths = [a.shape[-1] for key, a in arrays.items() if key.endswith("values") or key.startswith(B)]
     entry = {
         **written,
         "family": loaded.family,
@@ -108,15 +108,15 @@ def _rewrite(root: Path, deployment: Mapping[str, Any]) -> None:
 
 
 def _require_effect(name: str, folder: Folder, session: Session, loaded: Loaded) -> None:
-    """Refuse an adapter whose spectra are not all zero and yet change no bit of any output."""
-    spectra = {k: a[None] for kind in PREFIXES for k, a in loaded.kinds.get(kind, {}).items()}
-    if not any(np.any(a) for key, a in spectra.items() if key.endswith("values")):
+    """Refuse an adapter whose deltas are not all zero and yet change no bit of any output."""
+    deltas = {k: a[None] for kind, rows in loaded.kinds.items() if kind != "head" for k, a in rows.items()}
+    if not any(np.any(a) for key, a in deltas.items() if key.endswith("values") or key.startswith(B)):
         return
     feeds = {**probe_feeds(folder, session.inputs), **(_nothing(session) if folder.required else {})}
     without = session.run(feeds)
     if not any(a.size for a in without.values()):
         return
-    with_it = session.run({**feeds, **spectra})
+    with_it = session.run({**feeds, **deltas})
     if all(np.array_equal(with_it[key], a) for key, a in without.items()):
         raise VerificationError(
             f"{name}: its deltas change no bit of any output.",

@@ -6,8 +6,8 @@ import fnmatch
 from collections.abc import Mapping
 
 from ssh_deploy.checkpoints.names import canonical, match_modules
-from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, GraphError, UnknownNameError, near_misses
+from ssh_deploy.graph.bank_file import slot_kind
 from ssh_deploy.graph.lowering import LOWERINGS
 from ssh_deploy.graph.slots import Plan
 from ssh_deploy.graph.trace import Loaded
@@ -36,18 +36,12 @@ def plan_slots(job: Job, loaded: Loaded, sides: Mapping[str, tuple[int, int]]) -
                     hint=f"{near_misses(site, reverse)} Another --task may compute it; --mode merged needs no sites.",
                 )
             wanted[reverse[site]] = None
-            delta = fitted.adapter.deltas[module]
-            kinds.add(delta.axis.name if isinstance(delta, SpectralDelta) else delta.kind)
+            kinds.add(slot_kind(f"{name}: {module}", fitted.adapter.deltas[module]))
         if fitted.adapter.replaced:
             kinds.add("head")
     if job.fitted and "head" in kinds and not job.headed:
         kinds.discard("head")
         job.notes.append(f"heads of the adapters are left out: task {job.task} has none")
-    unknown = sorted(kinds - set(LOWERINGS))
-    if unknown:
-        raise AdapterMismatchError(
-            f"The graph has no lowering for {unknown[0]} deltas.", hint="Use --mode merged, or `ssh-deploy merge`."
-        )
     for selection in options.sites:
         wanted |= dict.fromkeys(_select(selection, reverse))
     if wanted and not kinds - {"head"}:

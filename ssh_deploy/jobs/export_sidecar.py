@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from ssh_deploy.adapters.fitting import Fitted
 from ssh_deploy.checkpoints.sampling import fingerprint_of
+from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import VerificationError
-from ssh_deploy.graph.bank_file import Arrays, Layout
+from ssh_deploy.graph.bank_file import PREFIXES, Arrays, Layout, slot_kind
 from ssh_deploy.graph.guard import CONTRACT, add_guard, guard_shape
 from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, rounded
 from ssh_deploy.graph.precision import store_half
@@ -37,6 +39,9 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
         VerificationError: the graph is not what torch answers.
     """
     options, checkpoint = job.options, job.checkpoint
+    for name, fitted in job.fitted.items():  # what no slot can hold is refused before the graph is traced
+        for module, delta in fitted.adapter.deltas.items():
+            slot_kind(f"{name}: {module}", delta)
     loaded = load_torch(checkpoint, job.task)
     check_missing(job, loaded)
     traced = trace_model(loaded, opset=options.opset)
@@ -54,7 +59,7 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     orders = {
         axis: {n: _pq(axis, n) for n in sorted({side for _, *sides in slotted.table for side in sides})}
         for axis in plan.kinds
-        if axis != "head"
+        if axis in PREFIXES
     }
     table = tuple((names[module], n_in, n_out) for module, n_in, n_out in slotted.table)
     fingerprint = fingerprint_of(checkpoint, [m for m, *_ in table] or sorted(set(names.values())))
@@ -149,13 +154,18 @@ def _effect(name: str, fitted: Fitted, deltas_only: Any, nothing: Any, whole: An
     effect = validating.effect_of(deltas_only, nothing)
     if effect == 0.0 and not any(out.size for answer in nothing for out in answer.values()):
         effect = validating.effect_of(whole, nothing)
-    zero = all(isinstance(d, SpectralDelta) and not np.any(d.values) for d in fitted.adapter.deltas.values())
-    if effect == 0.0 and not zero:
+    if effect == 0.0 and not all(_is_zero(delta) for delta in fitted.adapter.deltas.values()):
         raise VerificationError(
             f"{name}: its deltas change no bit of any output.",
             hint="Its values may be too small for this base's precision, or its modules do not reach the outputs.",
         )
     return effect
+
+
+def _is_zero(delta: Delta) -> bool:
+    if isinstance(delta, LowRankDelta):
+        return delta.norm == 0
+    return isinstance(delta, SpectralDelta) and not np.any(delta.values)
 
 
 def _cut(answers: list[validating.Outputs], like: list[validating.Outputs]) -> list[validating.Outputs]:

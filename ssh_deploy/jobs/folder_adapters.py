@@ -10,6 +10,8 @@ from typing import Any
 from ssh_deploy.adapters.fitting import Fitted
 from ssh_deploy.checkpoints.index import Checkpoint
 from ssh_deploy.checkpoints.names import canonical
+from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.graph.bank_file import Arrays, Layout, adapter_rows, write_onnx_adapter
 from ssh_deploy.jobs import folder_files as files
@@ -51,11 +53,16 @@ def write_adapter(folder: Path, name: str, fitted: Fitted, rows: Arrays, layout:
         **write_rows(folder, name, rows, layout),
         "family": adapter.family,
         "labels": (list(adapter.labels) or [f"LABEL_{i}" for i in range(count)]) if count else [],
-        "n": adapter.settings.get("n") or max(delta.parameters for delta in adapter.deltas.values()),
+        "n": adapter.settings.get("n") or max(_width(delta) for delta in adapter.deltas.values()),
         "task": adapter.task,
         "source_digest": adapter.digest,
         "base": "verified" if fitted.verified else "unverified",
     }
+
+
+def _width(delta: Delta) -> int:
+    """Coefficients of a spectrum, rank of a product."""
+    return delta.rank if isinstance(delta, LowRankDelta) else delta.parameters
 
 
 def write_rows(folder: Path, name: str, rows: Arrays, layout: Layout) -> dict[str, str]:

@@ -131,7 +131,7 @@ class Bank:
                 )
         for side, size in sizes.items():
             if size > self.widths[side]:
-                option = "max_labels" if self.kind == "head" else "max_coefficients"
+                option = {"head": "max_labels", "lowrank": "max_rank"}.get(self.kind, "max_coefficients")
                 raise AdapterMismatchError(
                     f"{where}: {size} {side} where every row of this bank holds {self.widths[side]}.",
                     hint=f"Open the deployment with {option}={size}"

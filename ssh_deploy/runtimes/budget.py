@@ -18,7 +18,7 @@ from ssh_deploy.runtimes.residents import Residents
 from ssh_deploy.runtimes.session import Input, onnxruntime
 
 DEFAULT_MEMORY = "1GiB"
-_NO_COEFFICIENTS, _LEAST_LABELS = 1024, 16
+_NO_COEFFICIENTS, _LEAST_LABELS, _NO_RANK = 1024, 16, 16
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -30,7 +30,7 @@ class HowManyFit:
 
     Attributes:
         budget: for the rows of all banks together.
-        max_coefficients: width of every row of coefficients, by kind.
+        max_coefficients: width of every row of coefficients, by kind; the rank of low-rank ones.
         max_labels: labels of the widest head that fits, 0 for a graph without head slots.
         adapter_bytes: one adapter's row by kind, without a head.
         head_bytes: a head's row, 0 for a graph without head slots.
@@ -64,10 +64,8 @@ class HowManyFit:
         said = [f"budget {self.budget:,} bytes"]
         for kind, size in self.adapter_bytes.items():
             with_heads = f", {self.fit_with_heads[kind]:,} with a head each" if self.head_bytes else ""
-            said.append(
-                f"{kind}: {size:,} bytes an adapter (n up to {self.max_coefficients[kind]:,}): "
-                f"{self.fit[kind]:,} fit{with_heads}"
-            )
+            width = f"{'rank' if kind == 'lowrank' else 'n'} up to {self.max_coefficients[kind]:,}"
+            said.append(f"{kind}: {size:,} bytes an adapter ({width}): {self.fit[kind]:,} fit{with_heads}")
         if self.head_bytes:
             said.append(f"head: {self.head_bytes:,} bytes (up to {self.max_labels:,} labels)")
         if not self.adapter_bytes and not self.head_bytes:
@@ -98,7 +96,12 @@ def parse_bytes(memory: int | str) -> int:
 
 
 def widths_of(
-    folder: Folder, inputs: Mapping[str, Input], *, max_coefficients: int | None, max_labels: int | None
+    folder: Folder,
+    inputs: Mapping[str, Input],
+    *,
+    max_coefficients: int | None,
+    max_labels: int | None,
+    max_rank: int | None = None,
 ) -> dict[str, int]:
     """Width of every symbolic side of the adapter inputs, the leading ones apart.
 
@@ -109,17 +112,22 @@ def widths_of(
         max_coefficients: of every row; None: each kind's widest stored adapter, else the widest of any kind, else
             1,024.
         max_labels: of a head; None: the widest stored head, at least 16.
+        max_rank: of low-rank adapters; None: the highest stored rank, else 16.
 
     Inner layers of a head are as wide as the layer after them is deep: the graph allows nothing else.
 
     Raises:
         DeploymentError: a width below 1.
     """
-    for option, width in (("max_coefficients", max_coefficients), ("max_labels", max_labels)):
+    for option, width in {
+        "max_coefficients": max_coefficients,
+        "max_labels": max_labels,
+        "max_rank": max_rank,
+    }.items():
         if width is not None and width < 1:
             raise DeploymentError(f"{option}={width} holds nothing.", hint="Give at least 1, or None for the default.")
-    stored = _stored_widths(folder, inputs) if None in (max_coefficients, max_labels) else {}
-    widest = max((n for (kind, side), n in stored.items() if kind != "head"), default=_NO_COEFFICIENTS)
+    stored = _stored_widths(folder, inputs) if None in (max_coefficients, max_labels, max_rank) else {}
+    widest = max((n for (kind, _), n in stored.items() if kind not in ("head", "lowrank")), default=_NO_COEFFICIENTS)
     widths: dict[str, int] = {}
     for kind, entries in inputs_by_kind(inputs.values()).items():
         following = [int(e.shape[2] or 0) for e in entries if len(e.shape) == 3 and not isinstance(e.shape[2], str)]
@@ -127,7 +135,9 @@ def widths_of(
             for side in entry.shape[1:]:
                 if not isinstance(side, str) or side in widths:
                     continue
-                if kind != "head":
+                if kind == "lowrank":
+                    widths[side] = (stored.get((kind, side)) or _NO_RANK) if max_rank is None else max_rank
+                elif kind != "head":
                     known = stored.get((kind, side), 0) or widest or _NO_COEFFICIENTS
                     widths[side] = known if max_coefficients is None else max_coefficients
                 elif side == "labels":
@@ -177,7 +187,7 @@ def make_banks(folder: Folder, inputs: Mapping[str, Input], widths: Mapping[str,
         parts = ", ".join(f"{kind} {n:,}" for kind, n in size.items())
         raise DeploymentError(
             f"{folder.root}: a budget of {budget:,} bytes is too small for one adapter of {least:,} ({parts}).",
-            hint="Open the deployment with more `memory=`, or with a smaller max_coefficients= or max_labels=.",
+            hint="Open the deployment with more `memory=`, or a smaller max_coefficients=, max_rank= or max_labels=.",
         )
     return {kind: Bank(kind, kinds[kind], widths=widths, capacity=budget // max(size[kind], 1)) for kind in kinds}
 

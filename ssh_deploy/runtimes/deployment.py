@@ -92,6 +92,7 @@ class Deployment:
         memory: int | str = DEFAULT_MEMORY,
         max_coefficients: int | None = None,
         max_labels: int | None = None,
+        max_rank: int | None = None,
         providers: Sequence[str] | None = None,
     ) -> Deployment:
         """Open the folder that ``ssh-deploy export --onnx`` wrote.
@@ -104,6 +105,7 @@ class Deployment:
             max_coefficients: n of the widest adapter that may be loaded; every resident adapter takes that much room.
                 None: that of the folder's widest, 1,024 when it has none.
             max_labels: of the widest head that may be loaded, likewise; None: the folder's widest, at least 16.
+            max_rank: of low-rank adapters, likewise; None: the folder's highest, 16 when it has none.
             providers: ONNX Runtime's execution providers; None takes CUDA where it is there, else the CPU.
 
         Raises:
@@ -115,7 +117,7 @@ class Deployment:
         folder = open_folder(path)
         session = Session(contained(folder.root, MODEL), threads=threads, providers=providers)
         inputs = session.adapter_inputs
-        widths = widths_of(folder, inputs, max_coefficients=max_coefficients, max_labels=max_labels)
+        widths = widths_of(folder, inputs, max_coefficients=max_coefficients, max_labels=max_labels, max_rank=max_rank)
         return cls(folder, session, budget=budget, widths=widths)
 
     def __enter__(self) -> Deployment:

@@ -9,6 +9,7 @@ from typing import Any
 LOWERINGS = {
     "hartley": "ssh_deploy.graph.lowering.spectral",
     "cosine": "ssh_deploy.graph.lowering.spectral",
+    "lowrank": "ssh_deploy.graph.lowering.lowrank",
     "head": "ssh_deploy.graph.lowering.head",
 }
 
