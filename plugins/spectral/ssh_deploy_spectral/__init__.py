@@ -1,0 +1,1 @@
+"""Spectral adapters other than SSH and sDCTFT, which the core reads itself."""
