@@ -35,7 +35,7 @@ def drawn_places(size: int, n: int, seed: int) -> NDArray[np.int64]:
 
 
 def _mt19937(seed: int) -> np.random.MT19937:
-    """The generator torch has: the classic initialisation, where `np.random.MT19937(seed)` would hash the seed first."""
+    """As torch has it: the classic initialisation, where `np.random.MT19937(seed)` would hash the seed first."""
     state: Any = np.random.RandomState(seed & 0xFFFFFFFF).get_state(legacy=False)
     generator = np.random.MT19937()
     generator.state = state
@@ -43,14 +43,13 @@ def _mt19937(seed: int) -> np.random.MT19937:
 
 
 def _front(generator: np.random.MT19937, size: int, n: int) -> NDArray[np.int64]:
-    steps = np.arange(min(n, size - 1), dtype=np.uint64)
+    steps = np.arange(n, dtype=np.uint64)
     others = (steps + generator.random_raw(steps.size) % (np.uint64(size) - steps)).tolist()
     moved: dict[int, int] = {}  # what the swaps so far put where, of a list that starts as 0, 1, 2, …
     places = []
     for i, other in enumerate(others):
         places.append(moved.get(other, other))
         moved[other] = moved.get(i, i)
-    places += [moved.get(i, i) for i in range(len(others), n)]  # the last of a whole permutation has no partner
     return np.array(places, dtype=np.int64)
 
 
