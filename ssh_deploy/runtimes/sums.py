@@ -6,10 +6,11 @@ A sum is an adapter like any other: per kind and site the terms' coefficients on
 added, rows descending as the graph wants them, and one scale. Numbers are computed in float64 and rounded once to
 the bank's dtype. A site's scale is its dominant term's, times a power of two that puts the largest value high in
 float16's range: the dominant term's own values stay exact, nothing overflows, and what is rounded away from the
-others is 2⁻¹¹ of a value (2⁻²⁴ of the site's largest for those near nothing).
+others is 2⁻¹¹ of a value (2⁻²⁴ of the site's largest for those near nothing). Products of two thin matrices stand side
+by side, their ranks added, with the weight in b.
 
 The head is that of the first term, or of ``@head=``; terms that bring a head of other labels are refused without it,
-because their answers would go by the wrong names. *Not covered:* sums of anything but spectra.
+because their answers would go by the wrong names. *Not covered:* sums of other kinds.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ssh_deploy.adapters.base import finite
 from ssh_deploy.errors import AdapterMismatchError, UnknownNameError
 from ssh_deploy.graph.bank_file import PREFIXES
+from ssh_deploy.graph.lowrank_rows import A
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.folder import check_name
 from ssh_deploy.runtimes.loading import Loaded
@@ -101,10 +104,13 @@ def combine(text: str, expression: Sum, loaded: Mapping[str, Loaded], digest: st
     giver = _head_giver(text, expression, loaded)
     kinds: dict[str, Rows] = {"head": giver.kinds["head"]} if giver.headed else {}
     for kind in dict.fromkeys(kind for _, term in terms for kind in term.kinds if kind != "head"):
-        if kind not in PREFIXES:
-            raise AdapterMismatchError(f"{text}: {kind} adapters cannot be summed.", hint="Merge them, or use one.")
         own = [(weight, term.kinds[kind]) for weight, term in terms if kind in term.kinds]
-        kinds[kind] = _add(text, PREFIXES[kind], own)
+        if kind == "lowrank":
+            kinds[kind] = _side_by_side(text, own)
+        elif kind in PREFIXES:
+            kinds[kind] = _add(text, PREFIXES[kind], own)
+        else:
+            raise AdapterMismatchError(f"{text}: {kind} adapters cannot be summed.", hint="Merge them, or use one.")
     verified = [term.verified for _, term in terms]
     return Loaded(
         kinds=kinds,
@@ -171,6 +177,21 @@ def _add(text: str, prefix: str, terms: Sequence[tuple[float, Rows]]) -> Rows:
     out[f"{prefix}values"][which, slot] = total / scale[which]
     out[f"{prefix}rows"][which, slot] = deep - 1 - place // wide
     out[f"{prefix}cols"][which, slot] = place % wide
+    return out
+
+
+def _side_by_side(text: str, terms: Sequence[tuple[float, Rows]]) -> Rows:
+    """Weighted sum of low-rank products as one: ranks one after another, each term's b times its weight."""
+    out = {}
+    for name in terms[0][1]:
+        if name.startswith(A):
+            out[name] = np.concatenate([rows[name] for _, rows in terms], axis=-2)
+        else:
+            weighted = [weight * rows[name].astype(np.float64) for weight, rows in terms]
+            with np.errstate(over="ignore"):  # what overflows is refused as infinite
+                out[name] = np.concatenate(weighted, axis=-1).astype(np.float32)
+    if not all(finite(array) for array in out.values()):
+        raise AdapterMismatchError(f"{text}: b times its weight is beyond float32.", hint="Use weights nearer to 1.")
     return out
 
 

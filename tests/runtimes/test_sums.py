@@ -184,9 +184,49 @@ def test_kinds_fill_rows_of_their_own():
     np.testing.assert_allclose(
         dense(found, "adapter_cosine_", "cosine"), -dense(b, "adapter_cosine_", "cosine"), rtol=1e-6
     )
-    odd = replace(b, kinds={"lowrank": {}})
-    with pytest.raises(AdapterMismatchError, match="lowrank adapters cannot be summed"):
+    odd = replace(b, kinds={"reflection": {}})
+    with pytest.raises(AdapterMismatchError, match="reflection adapters cannot be summed"):
         summed("a+b", a=a, b=odd)
+
+
+def product(rng, rank):
+    """Rows of a low-rank adapter on two sites of one in and different outs."""
+    shapes = {
+        "adapter_lowrank_a.5": (2, rank, 5),
+        "adapter_lowrank_b.7": (1, 7, rank),
+        "adapter_lowrank_b.3": (1, 3, rank),
+    }
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_low_rank_products_stand_side_by_side():
+    rng = np.random.default_rng(8)
+    a, b = (replace(loaded(rng, 5), kinds={"lowrank": product(rng, rank)}) for rank in (2, 3))
+    found = summed("0.3*a+-2*b", a=a, b=b).kinds["lowrank"]
+    assert found["adapter_lowrank_a.5"].shape == (2, 5, 5)
+    for site, name in enumerate(("adapter_lowrank_b.7", "adapter_lowrank_b.3")):
+        terms = [
+            weight * term.kinds["lowrank"][name][0].astype(float) @ term.kinds["lowrank"]["adapter_lowrank_a.5"][site]
+            for weight, term in ((0.3, a), (-2.0, b))
+        ]
+        got = found[name][0].astype(float) @ found["adapter_lowrank_a.5"][site]
+        np.testing.assert_allclose(got, sum(terms), rtol=0, atol=1e-6 * np.abs(sum(terms)).max())
+        assert found[name].dtype == np.float32
+
+
+def test_a_low_rank_weight_beyond_float32_is_refused():
+    rng = np.random.default_rng(8)
+    a = replace(loaded(rng, 5), kinds={"lowrank": product(rng, 2)})
+    with pytest.raises(AdapterMismatchError, match="b times its weight is beyond float32"):
+        summed("9" * 40 + "*a+a", a=a)
+
+
+def test_a_spectrum_and_a_product_keep_a_bank_each():
+    rng = np.random.default_rng(8)
+    a, b = loaded(rng, 5), replace(loaded(rng, 5), kinds={"lowrank": product(rng, 2)})
+    found = summed("a+b", a=a, b=b).kinds
+    assert set(found) == {"hartley", "lowrank"}
+    assert all(np.array_equal(found["lowrank"][key], array) for key, array in b.kinds["lowrank"].items())
 
 
 def test_whose_head():

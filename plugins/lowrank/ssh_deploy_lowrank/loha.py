@@ -59,6 +59,7 @@ class LoHa:
 
     name: str = "loha"
     peft_type: str = "LOHA"
+    slots: tuple[str, ...] = ()
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

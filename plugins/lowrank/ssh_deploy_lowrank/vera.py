@@ -24,6 +24,7 @@ class VeRA:
 
     name: str = "vera"
     peft_type: str = "VERA"
+    slots: tuple[str, ...] = ("lowrank",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

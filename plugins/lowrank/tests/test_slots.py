@@ -1,5 +1,6 @@
 """Low-rank adapters as slots: exported, added, packed, mixed with spectra in one batch, held against torch and PEFT."""
 
+import copy
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.cli.main import main
-from ssh_deploy.errors import AdapterMismatchError
+from ssh_deploy.errors import AdapterMismatchError, DeployError
 from ssh_deploy.runtimes.deployment import Deployment
 from ssh_deploy.testing import random_adapter
 
@@ -98,6 +99,24 @@ def test_a_mixed_batch_is_torch_row_by_row_and_each_row_is_itself_alone(bank):
     assert min(effects) > 0.02
 
 
+def test_a_sum_of_adapters_of_two_families_is_the_sum_of_their_changes(bank):
+    folder, models = bank
+    given = feeds(2)
+    base, changed = (models[None].state_dict(), models[None].state_dict())
+    lora, ssh = (model.state_dict() for model in (copy.deepcopy(models["lora"]).merge_and_unload(), models["ssh"]))
+    for key in changed:
+        if "classifier" in key:
+            changed[key] = lora[key]
+        else:
+            changed[key] = base[key] + 0.5 * (lora[key] - base[key]) + (ssh[key] - base[key])
+    model = copy.deepcopy(models[None])
+    model.load_state_dict(changed)
+    with Deployment.open(folder / "out") as deployment:
+        close(deployment.run(given, "0.5*lora+ssh")["logits"], answers(model, given))
+        doubled = deployment.run(given, "0.5*lora+0.5*lora")["logits"]
+        close(doubled, deployment.run(given, "lora")["logits"])
+
+
 def test_a_folder_from_peft_is_loaded_into_the_bank(bank, bases, tmp_path):
     folder, _ = bank
     base = bases("bert", "text-classification")
@@ -151,6 +170,44 @@ def test_a_packed_bank_feeds_stock_onnxruntime(bank, tmp_path):
     for i, name in enumerate(names):
         want = answers(models[name], {key: array[i : i + 1] for key, array in given.items()})
         close(logits[i : i + 1, : want.shape[1]], want)
+
+
+def spoilt(name, arrays):
+    if name == "NaN":
+        arrays["adapter_lowrank_a.48"][0, 0, 0, 0] = np.nan
+    elif name == "half of it":
+        del arrays["adapter_lowrank_b.48"]
+    elif name == "two ranks":
+        arrays["adapter_lowrank_b.48"] = arrays["adapter_lowrank_b.48"][..., :2]
+    else:
+        arrays["adapter_lowrank_a.48"] = arrays["adapter_lowrank_a.48"].astype(np.float16)
+    return arrays
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NaN", "values are NaN or infinite"),
+        ("half of it", r"has \['adapter_lowrank_a\.48'\] where the graph takes"),
+        ("two ranks", r"adapter_lowrank_b\.48 is float32 .* where the graph takes"),
+        ("float16", r"adapter_lowrank_a\.48 is float16 .* where the graph takes float32"),
+    ],
+)
+def test_files_of_rows_that_cannot_be_are_refused(bank, tmp_path, name, message):
+    folder, _ = bank
+    read = ort.AdapterFormat.read_adapter(str(folder / "out" / "adapters" / "lora.onnx_adapter")).get_parameters()
+    arrays = {key: value.numpy().copy() for key, value in read.items() if "head" not in key}
+    made = ort.AdapterFormat()
+    made.set_adapter_version(1)
+    made.set_model_version(1)
+    parameters = {
+        key: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(a)) for key, a in spoilt(name, arrays).items()
+    }
+    made.set_parameters(parameters)
+    made.export_adapter(str(tmp_path / "x.onnx_adapter"))
+    with Deployment.open(folder / "out") as deployment, pytest.raises(DeployError, match=message):
+        deployment.load("x", tmp_path / "x.onnx_adapter")
 
 
 @pytest.mark.parametrize("inputs", ["optional", "required"])
