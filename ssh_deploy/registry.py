@@ -17,6 +17,8 @@ from typing import Any
 from ssh_deploy.errors import RegistryError, near_misses
 
 FAMILY_GROUP = "ssh_deploy.families"
+#: PEFT configs that train adapters of a family, by its name
+TRAINING_GROUP = "ssh_deploy.training"
 
 _BUILT_IN: dict[str, dict[str, str]] = {
     FAMILY_GROUP: {

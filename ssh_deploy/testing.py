@@ -24,7 +24,7 @@ from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, read_folder
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.errors import AdapterFileError
+from ssh_deploy.errors import AdapterFileError, AdapterMismatchError
 from ssh_deploy.transforms import cpu, get_transform, reference
 from ssh_deploy.transforms.base import Separable
 
@@ -206,6 +206,20 @@ class FamilyContract:
         assert set(adapter.deltas) == set(want)
         for module, delta in adapter.deltas.items():
             np.testing.assert_allclose(delta.dense(dtype=torch.float64).numpy(), want[module], atol=1e-6)
+
+    def test_its_slots_are_those_its_deltas_fill(self, folder: Path) -> None:
+        """Every delta goes into a slot the family names, or is refused where it names none."""
+        from ssh_deploy.graph.bank_file import slot_kind
+        from ssh_deploy.registry import get_family
+
+        _, _, shapes, _ = self.example(np.random.default_rng(7))
+        slots = get_family(self.family).slots
+        for module, delta in read_folder(folder, shapes=shapes).deltas.items():
+            if slots:
+                assert slot_kind(module, delta) in slots
+            else:
+                with pytest.raises(AdapterMismatchError, match=f"no slot can hold a {delta.kind} delta"):
+                    slot_kind(module, delta)
 
     def test_a_stray_tensor_is_refused(self, folder: Path, tmp_path: Path) -> None:
         """A tensor that nobody reads would be dropped in silence."""

@@ -74,10 +74,14 @@ class AdapterFiles:
 
 
 class Family(Protocol):
-    """Reads one kind of adapter; stateless. Its name is written in files."""
+    """Reads one kind of adapter; stateless. Its name is written in files.
+
+    ``slots``: kinds of slots that its deltas fill (``hartley``, ``cosine``, ``lowrank``); none: it is merged only.
+    """
 
     name: str
     peft_type: str
+    slots: tuple[str, ...]
 
     def read(self, files: AdapterFiles) -> Adapter:
         """Deltas of a PEFT folder of this family."""

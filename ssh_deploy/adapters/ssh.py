@@ -22,6 +22,7 @@ class SpectralFamily:
     peft_type: str
     transforms: tuple[str, ...]
     norm: str
+    slots: tuple[str, ...]
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""
@@ -89,6 +90,6 @@ class SpectralFamily:
 
 
 #: ``ΔW = α/(MN) · C_M S C_N`` (math.md's table).
-SSH = SpectralFamily("ssh", "SSH", ("hartley", "hartley-joint"), "backward")
+SSH = SpectralFamily("ssh", "SSH", ("hartley", "hartley-joint"), "backward", ("hartley",))
 #: ``ΔW = α · iDCT2(S)``, orthonormal.
-SDCTFT = SpectralFamily("sdctft", "SDCTFT", ("cosine",), "ortho")
+SDCTFT = SpectralFamily("sdctft", "SDCTFT", ("cosine",), "ortho", ("cosine",))

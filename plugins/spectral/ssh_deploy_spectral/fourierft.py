@@ -24,6 +24,7 @@ class FourierFT:
 
     name: str = "fourierft"
     peft_type: str = "FOURIERFT"
+    slots: tuple[str, ...] = ("hartley",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""
