@@ -60,7 +60,6 @@ class LoHa:
     name: str = "loha"
     peft_type: str = "LOHA"
     slots: tuple[str, ...] = ()
-    slots: tuple[str, ...] = ()
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

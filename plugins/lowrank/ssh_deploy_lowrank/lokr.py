@@ -65,7 +65,6 @@ class LoKr:
     name: str = "lokr"
     peft_type: str = "LOKR"
     slots: tuple[str, ...] = ()
-    slots: tuple[str, ...] = ()
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

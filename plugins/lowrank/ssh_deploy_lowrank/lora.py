@@ -41,7 +41,6 @@ class LoRA:
     name: str = "lora"
     peft_type: str = "LORA"
     slots: tuple[str, ...] = ("lowrank",)
-    slots: tuple[str, ...] = ("lowrank",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

@@ -25,7 +25,6 @@ class VeRA:
     name: str = "vera"
     peft_type: str = "VERA"
     slots: tuple[str, ...] = ("lowrank",)
-    slots: tuple[str, ...] = ("lowrank",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""
