@@ -47,7 +47,7 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 def command(work: str | None, out: str | None, quick: bool, as_json: bool, **given: Any) -> None:
     """Measure what adapters cost: every row its own, off, one for all; 1 to 10,000 resident; swaps from disk."""
     from ssh_deploy.errors import UnknownNameError, near_misses
-    from ssh_deploy.jobs.bench_bank import COLUMNS, PARTS, BankOptions, bench_bank
+    from ssh_deploy.jobs.bench_bank import COLUMNS, PARTS, BankOptions, measure_bank
 
     strange = next((part for part in given["parts"] if part not in PARTS), None)
     if strange is not None:
@@ -56,5 +56,5 @@ def command(work: str | None, out: str | None, quick: bool, as_json: bool, **giv
     place = nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="ssh-deploy-bench-")
     with place as folder, progress_bar(as_json) as progress:
         keep = (lambda bench: bench.write(Path(out))) if out else (lambda bench: None)
-        bench = bench_bank(Path(folder), options=options, progress=progress, grown=keep)
+        bench = measure_bank(Path(folder), options=options, progress=progress, grown=keep)
     show(as_json, bench.as_dict(), bench.lines(COLUMNS))

@@ -74,7 +74,7 @@ class BankOptions:
     budget: int = 256
 
 
-def bench_bank(
+def measure_bank(
     work: Path,
     *,
     options: BankOptions | None = None,

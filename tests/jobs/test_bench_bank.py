@@ -10,7 +10,7 @@ import pytest
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.errors import DeploymentError, OutputError, UnknownNameError, VerificationError
 from ssh_deploy.jobs import bench_bank as bank_module
-from ssh_deploy.jobs.bench_bank import BankOptions, bench_bank, check_answers
+from ssh_deploy.jobs.bench_bank import BankOptions, check_answers, measure_bank
 from ssh_deploy.jobs.bench_models import adapter_files, add_lora, build_models, lora_arrays
 from ssh_deploy.runtimes.deployment import Deployment
 from ssh_deploy.runtimes.folder import open_folder
@@ -157,7 +157,7 @@ def test_a_wrong_peer_is_never_timed(models, work, monkeypatch):
     monkeypatch.setattr(Session, "run", first_row_of_all)
     options = BankOptions(shapes=("pico",), batches=((2, 4),), parts=("lora",), seconds=0.1)
     with pytest.raises(VerificationError, match="peer's bank"):
-        bench_bank(work, options=options)
+        measure_bank(work, options=options)
 
 
 def test_a_peer_without_effect_is_never_timed(work, monkeypatch):
@@ -169,13 +169,13 @@ def test_a_peer_without_effect_is_never_timed(work, monkeypatch):
     )  # fmt: skip
     options = BankOptions(shapes=("pico",), batches=((2, 4),), parts=("lora",), seconds=0.1)
     with pytest.raises(VerificationError, match="answers as the base"):
-        bench_bank(work, options=options)
+        measure_bank(work, options=options)
 
 
 def test_a_shape_that_is_none_is_refused_before_anything_is_measured(work):
     told = []
     with pytest.raises(UnknownNameError, match="nope"):
-        bench_bank(work, options=BankOptions(shapes=("pico", "nope")), grown=told.append)
+        measure_bank(work, options=BankOptions(shapes=("pico", "nope")), grown=told.append)
     assert not told
 
 
@@ -211,7 +211,7 @@ def test_unknown_shape_lists_the_near_ones(work):
 
 def test_a_budget_below_the_batch_is_refused(work):
     with pytest.raises(DeploymentError, match=r"budget of 4 adapters.*batches of 8"):
-        bench_bank(work, options=BankOptions(shapes=("pico",), batches=((8, 4),), budget=4, few=2))
+        measure_bank(work, options=BankOptions(shapes=("pico",), batches=((8, 4),), budget=4, few=2))
 
 
 def test_parts_alone_fill_their_part_of_the_summary(work):
@@ -220,7 +220,7 @@ def test_parts_alone_fill_their_part_of_the_summary(work):
         sessions=1, budget=4, few=2,
     )  # fmt: skip
     told = []
-    found = bench_bank(work, options=options, grown=lambda bench: told.append(dict(bench.summary)))
+    found = measure_bank(work, options=options, grown=lambda bench: told.append(dict(bench.summary)))
     assert [sorted(one) for one in told] == [["bytes_per_adapter", "ratio_6_vs_1"], sorted(found.summary)]
     found.write(work / "out.json")
     assert json.loads((work / "out.json").read_text())["summary"] == found.summary
