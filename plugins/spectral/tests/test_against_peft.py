@@ -27,6 +27,22 @@ CASES = {
             "target_modules": BERT,
         },
     ),
+    "waveft": ("bert", peft.WaveFTConfig, {"n_frequency": 300, "scaling": 2.0, "target_modules": BOTH}),
+    "waveft-db3": (
+        "bert",
+        peft.WaveFTConfig,
+        {"n_frequency": 300, "scaling": 2.0, "wavelet_family": "db3", "target_modules": BOTH},
+    ),
+    "waveft-share": (
+        "bert",
+        peft.WaveFTConfig,
+        {"n_frequency": 200, "scaling": 2.0, "proportional_parameters": True, "target_modules": BOTH},
+    ),
+    "waveft-conv1d": (
+        "gpt2",
+        peft.WaveFTConfig,
+        {"n_frequency": 300, "scaling": 2.0, "fan_in_fan_out": True, "target_modules": ["c_attn", "c_fc"]},
+    ),
     "conv1d": (
         "gpt2",
         peft.FourierFTConfig,
@@ -142,6 +158,23 @@ def test_one_batch_holds_it_beside_ssh_and_answers_as_peft_does(bases, tmp_path)
             assert answer["label"] == f"LABEL_{int(logits.argmax())}"
             assert answer["score"] == pytest.approx(float(torch.softmax(logits, -1).max()), abs=2e-5)
     assert min(abs(one - other) for i, one in enumerate(seen) for other in seen[:i]) > 1e-4
+
+
+def test_a_waveft_is_merged_and_not_exported_with_slots(bases, tmp_path):
+    base = bases("bert")
+    _, config, fields = CASES["waveft"]
+    trained(base, config, fields, tmp_path / "a")
+    done = run("inspect", tmp_path / "a", "--base", base)
+    assert done.exit_code == 0, done.output
+    assert "waveft" in done.output
+    done = run("export", "--onnx", base, tmp_path / "a", "-o", tmp_path / "out")
+    assert done.exit_code == 1
+    assert "no slot can hold a wavelet delta" in done.output
+    assert "--mode merged" in done.output
+    assert not (tmp_path / "out").exists()
+    done = run("convert", tmp_path / "a", "-o", tmp_path / "a.safetensors", "--base", base)
+    assert done.exit_code == 1
+    assert "a compact file holds spectra" in done.output
 
 
 def test_a_slot_of_another_kind_is_refused(bases, tmp_path):
