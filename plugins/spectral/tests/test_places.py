@@ -48,9 +48,9 @@ def test_the_form_for_large_sizes_is_the_shuffle_it_says(monkeypatch, size, n):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [LARGE - 1, LARGE])
-def test_both_sides_of_torchs_limit(size):
-    np.testing.assert_array_equal(drawn_places(size, 1000, 777), drawn_by_torch(size, 777)[:1000])
+def test_from_torchs_limit_on_places_are_torchs():
+    """A weight of 15,000 squared; torch takes a minute and 1.7 GB for it. (One number below the limit agrees too.)"""
+    np.testing.assert_array_equal(drawn_places(LARGE, 1000, 777), drawn_by_torch(LARGE, 777)[:1000])
 
 
 def test_places_are_kept_and_cannot_be_changed():
