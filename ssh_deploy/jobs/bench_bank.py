@@ -246,14 +246,23 @@ class _Run:
             for deployment in opened:
                 deployment.close()
 
-    def _interleave(self, variants: Mapping[str, Variant], base: str, batch: tuple[int, int]) -> dict[str, Timed]:
+    def _interleave(
+        self,
+        variants: Mapping[str, Variant],
+        base: str,
+        batch: tuple[int, int],
+        *,
+        before: Mapping[str, Variant] | None = None,
+    ) -> dict[str, Timed]:
         stage = f"{self.models.shape} {batch[0]}x{batch[1]} {', '.join(variants)}"
-        return interleaved(variants, base=base, seconds=self.options.seconds, progress=self.progress, stage=stage)
+        seconds, progress = self.options.seconds, self.progress
+        return interleaved(variants, base=base, seconds=seconds, progress=progress, stage=stage, before=before)
 
     def _time(
         self, batch: tuple[int, int], variants: Mapping[str, Variant], *, resident: Mapping[str, int] | None = None
     ) -> None:
-        for name, timed in self._interleave(variants, "base", batch).items():
+        # of different sessions: each variant finds the cache as it left it itself
+        for name, timed in self._interleave(variants, "base", batch, before=variants).items():
             count = (resident or {}).get(name)
             self._add(batch, name, timed, **({} if count is None else {"resident": count}))
 

@@ -56,6 +56,7 @@ def interleaved(
     seed: int = 0,
     progress: Progress = silent,
     stage: str = "time",
+    before: Mapping[str, Variant] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     cpu_clock: Callable[[], float] = time.process_time,
 ) -> dict[str, Timed]:
@@ -70,6 +71,8 @@ def interleaved(
         seed: of the order and of the bootstrap.
         progress: told of rounds as seconds spent.
         stage: what to tell it.
+        before: what is called, untimed, right before a variant. A model that ran last finds its weights in the cache:
+            where variants are of different sessions, each must be given that, or none.
         clock: of wall time, in seconds.
         cpu_clock: of processor time, in seconds.
     """
@@ -83,11 +86,13 @@ def interleaved(
     while True:
         for i in rng.permutation(len(names)).tolist():
             name = names[i]
-            before, cpu_before = clock(), cpu_clock()
+            if before and name in before:
+                before[name](rounds)
+            begun, cpu_begun = clock(), cpu_clock()
             variants[name](rounds)
-            after, cpu_after = clock(), cpu_clock()
-            wall[name].append(after - before)
-            cpu[name].append(cpu_after - cpu_before)
+            ended, cpu_ended = clock(), cpu_clock()
+            wall[name].append(ended - begun)
+            cpu[name].append(cpu_ended - cpu_begun)
         rounds += 1
         spent = clock() - started
         progress(stage, int(min(spent, seconds) * 1000), int(seconds * 1000))

@@ -127,3 +127,15 @@ def test_looks_grow_rarer_as_rounds_grow(monkeypatch):
     timed(Clock(), {"base": 0.01, "x": 0.01}, seconds=40.0)
     assert looks[:4] == [8, 10, 13, 17]
     assert len(looks) < 30
+
+
+def test_what_comes_before_is_not_timed_and_comes_right_before():
+    clock = Clock()
+    runs = {name: clock.takes(name, seconds) for name, seconds in (("base", 0.01), ("x", 0.02))}
+    warm = {"x": clock.takes("warm x", 7.0)}
+    found = interleaved(runs, base="base", clock=clock, cpu_clock=clock, before=warm)
+    assert found["x"].ratio == pytest.approx(2.0)
+    names = [name for name, _ in clock.calls[2:]]
+    assert all(names[i - 1] == "warm x" for i, name in enumerate(names) if name == "x")
+    assert names.count("warm x") == names.count("x")
+    assert "warm base" not in names
