@@ -39,6 +39,7 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 @click.option("--resident", multiple=True, type=click.IntRange(1), help="Adapters in memory; default 1 to 10000.")
 @click.option("--only", "parts", multiple=True, help="ratios, lora, resident, swap or thrash; repeatable.")
 @click.option("--seconds", type=click.FloatRange(0.1), help="Most time for each group of variants; default 600.")
+@click.option("--sessions", type=click.IntRange(1), help="Of base and of bank that take turns; default 3.")
 @click.option("--threads", type=click.IntRange(1), help="Of one operator; default all cores.")
 @click.option("--work", type=click.Path(file_okay=False), help="Folder to keep graphs and adapter files in (2 GB).")
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file to write after each part.")

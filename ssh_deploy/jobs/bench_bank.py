@@ -9,6 +9,7 @@ several sessions, and rounds go through them in turn. Answers are checked before
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ PARTS = ("ratios", "lora", "resident", "swap", "thrash")
 COLUMNS = ("shape", "batch", "variant", "resident", "ms", "ratio", "low", "high", "cpu_ratio", "rounds")
 _RANKS = (8, 16)
 _MODEL = "model.onnx"
+_SPIN = 0.1  # seconds
 _CLOSE, _APART = 1e-5, 1e-3  # of the largest number of the answer
 
 Feeds = dict[str, NDArray[Any]]
@@ -261,8 +263,9 @@ class _Run:
     def _time(
         self, batch: tuple[int, int], variants: Mapping[str, Variant], *, resident: Mapping[str, int] | None = None
     ) -> None:
-        # of different sessions: each variant finds the cache as it left it itself
-        for name, timed in self._interleave(variants, "base", batch, before=variants).items():
+        # of different sessions: each variant finds the machine as it left it itself
+        before = {name: _settled(variant) for name, variant in variants.items()}
+        for name, timed in self._interleave(variants, "base", batch, before=before).items():
             count = (resident or {}).get(name)
             self._add(batch, name, timed, **({} if count is None else {"resident": count}))
 
@@ -330,6 +333,21 @@ def _summarise(bench: Bench, options: BankOptions) -> None:
         **{f"lora{rank}_on_8x64": find(f"lora{rank}_bank", "ratio", "8x64") for rank in _RANKS},
     }
     bench.summary |= {key: value for key, value in found.items() if value is not None}
+
+
+def _settled(variant: Variant) -> Variant:
+    """``variant`` again and again until the threads of the session that ran last have stopped spinning.
+
+    onnxruntime's threads wait for work in a loop, for some 40 ms, and take a core from whoever comes next.
+    """
+
+    def run(i: int) -> None:
+        until = time.perf_counter() + _SPIN
+        variant(i)
+        while time.perf_counter() < until:
+            variant(i)
+
+    return run
 
 
 def _plain(sessions: Sequence[Session], feeds: Feeds) -> Variant:
