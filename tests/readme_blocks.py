@@ -62,6 +62,62 @@ def quickstart_table() -> str:
     return "\n".join([*lines, "", tail])
 
 
+def families_table() -> str:
+    """What `ssh-deploy plugins` lists, as Markdown."""
+    command = [str(Path(sys.executable).parent / "ssh-deploy"), "plugins", "--json"]
+    listed = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    lines = ["| family | from | merge | slots | trained by |", "|---|---|---|---|---|"]
+    for row in listed["families"]:
+        slots = ", ".join(row["slots"]) or "–"
+        merge = "yes" if row["merge"] else "–"
+        package, trainer = row["packages"][0].split()[0], (row["train"] or "–").replace(":", ".")
+        lines.append(f"| {row['name']} | {package} | {merge} | {slots} | {trainer} |")
+    return "\n".join(lines)
+
+
+def bank_table() -> str:
+    """What `ssh-deploy bench bank` measured: times beside the plain model, and what a swap and 10,000 adapters cost."""
+    found = results("bench_bank")
+    shape = found["results"][0]["shape"]
+    rows = [row for row in found["results"] if row["shape"] == shape and "ratio" in row]
+    batches = ["1x16", "1x128", "8x64", "32x32"]
+    titles = {
+        "on": "every row its own adapter, 100 resident",
+        "one": "one adapter for all rows",
+        "off": "no adapter (bit-identical)",
+        "lora8_bank": "LoRA r = 8, every row its own, gathered by id",
+        "lora8_inputs": "LoRA r = 8 as optional inputs, one for all rows",
+        "lora16_bank": "LoRA r = 16, every row its own, gathered by id",
+        "lora16_inputs": "LoRA r = 16 as optional inputs, one for all rows",
+    }
+    shown = [batch for batch in batches if any(row["batch"] == batch and row["variant"] == "on" for row in rows)]
+    lines = ["| time / plain model's | " + " | ".join(b.replace("x", " × ") for b in shown) + " |"]
+    lines.append("|---|" + "--:|" * len(shown))
+    for variant, title in titles.items():
+        cells = []
+        for batch in shown:
+            row = next((r for r in rows if (r["batch"], r["variant"]) == (batch, variant)), None)
+            cells.append("" if row is None else f"{row['ratio']:.3f} ± {(row['high'] - row['low']) / 2:.3f}")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    summary = found["summary"]
+    most = next((row for row in rows if row["variant"] == "resident_10000"), None)
+    said = []
+    if most:
+        said.append(
+            f"10,000 resident adapters take {most['bank_bytes'] / 1e9:.2f} GB and {summary['ratio_10000_vs_1']:.3f} of "
+            "the time of one."
+        )
+    if "swap_ms" in summary:
+        said.append(f"A file on disk answers {summary['swap_ms']:.1f} ms later than a resident adapter.")
+    if "thrash_2000_vs_8" in summary:
+        said.append(
+            f"Names drawn from 2,000 within a budget of 256 cost {summary['thrash_2000_vs_8']:.3f} of names drawn from "
+            "8 that stay."
+        )
+    said.append("Reproduce: `ssh-deploy bench bank --shape bert-base` (± half of the 95 % interval).")
+    return "\n".join([*lines, "", " ".join(said)])
+
+
 def training_table() -> str:
     """What `examples/train_adapters.py` measured: SSH beside LoRA, every seed, and the ablation of δ."""
     found = results("train_adapters")
@@ -78,6 +134,7 @@ def training_table() -> str:
     lines += ["", "Held-out, de-duplicated text. Reproduce: `python examples/train_adapters.py`."]
     lines += found.get("notes", [])
     if "ablation" in found:
-        means = (f"δ = {delta}: {sum(v) / len(v):.4f}" for delta, v in found["ablation"]["test"].items())
+        table = found["ablation"]["test"]
+        means = (f"δ = {delta}: {sum(v) / len(v):.4f} ({len(v)} seeds)" for delta, v in table.items())
         lines += [f"Share δ of coefficients chosen by energy ({found['ablation']['task']}): {', '.join(means)}."]
     return "\n".join(lines)

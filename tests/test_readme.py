@@ -67,3 +67,9 @@ def test_the_shown_commands_and_code_run_as_they_stand(readme, root, minilm_path
     assert done.returncode == 0, done.stderr
     answers = [line.split()[0] for line in done.stdout.splitlines()]
     assert answers == ["positive", "LOC"]
+    many = re.findall(r"```python\n(.*?)```", section, flags=re.S)[1]
+    done = subprocess.run([sys.executable, "-c", many], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    fit, *labels = done.stdout.splitlines()
+    assert int(fit.split()[0]) > 1000
+    assert labels == ["spam", "ham", "positive"]
