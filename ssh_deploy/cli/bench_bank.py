@@ -32,9 +32,7 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 
 
 @click.command("bank")
-@click.option(
-    "--shape", "shapes", multiple=True, help="bert-base, minilm or pico; repeatable, the summary is of the first."
-)
+@click.option("--shape", "shapes", multiple=True, help="bert-base, minilm or pico; the summary is of the first.")
 @click.option("--batch", "batches", multiple=True, type=Batch(), help="Repeatable; default 1x16, 1x128, 8x64, 32x32.")
 @click.option("--resident", multiple=True, type=click.IntRange(1), help="Adapters in memory; default 1 to 10000.")
 @click.option("--only", "parts", multiple=True, help="ratios, lora, resident, swap or thrash; repeatable.")
