@@ -10,7 +10,7 @@ import click
 from ssh_deploy.cli.output import json_option, progress_bar, show
 
 F = TypeVar("F", bound=Callable[..., Any])
-_TASKS = ["auto", "feature-extraction", "text-classification", "image-classification", "causal-lm"]
+_TASKS = ["auto", "feature-extraction", "text-classification", "image-classification", "text-generation"]
 
 
 def _choice(name: str, *values: str, text: str) -> Callable[[F], F]:

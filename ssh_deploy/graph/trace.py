@@ -2,9 +2,10 @@
 
 The wrapper takes a flat list of tensors and gives named outputs. What the base checkpoint does not hold is not
 invented: transformers fills a missing head with random numbers, and `Loaded.missing` names those modules so that
-their numbers are never used (`lowering.head`). A base without a head also gives its hidden state.
+their numbers are never used (`lowering.head`). A base without a head also gives its hidden state. A decoder takes its
+KV cache as flat tensors and gives it back grown (`kv_cache`).
 
-Not covered: decoders with a KV cache, models that bring their own code.
+Not covered: models that bring their own code, decoders that keep anything else than keys and values.
 """
 
 from __future__ import annotations
@@ -23,20 +24,21 @@ import onnx_ir as ir
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.checkpoints.index import Checkpoint
 from ssh_deploy.errors import GraphError, UnknownNameError
+from ssh_deploy.graph.kv_cache import PAST, CacheShape, cache_shape, cache_tensors, decoder_inputs, make_cache
 
-#: Auto class of each task.
+#: Auto class of each task; adapter files call the last one ``causal-lm``.
 CLASSES = {
     "feature-extraction": "AutoModel",
     "text-classification": "AutoModelForSequenceClassification",
     "image-classification": "AutoModelForImageClassification",
-    "causal-lm": "AutoModelForCausalLM",
+    "text-generation": "AutoModelForCausalLM",
 }
 OPSETS = range(18, 24)
 _SUFFIXES = {
     "ForSequenceClassification": "text-classification",
     "ForImageClassification": "image-classification",
-    "ForCausalLM": "causal-lm",
-    "LMHeadModel": "causal-lm",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
 }
 
 
@@ -50,6 +52,7 @@ class Traced:
         outputs: names in order.
         hidden: width of the hidden state.
         base_labels: class names of the base's own head; empty without one.
+        cache: what a decoder keeps; None for every other task.
     """
 
     graph: ir.Model
@@ -57,6 +60,7 @@ class Traced:
     outputs: tuple[str, ...]
     hidden: int
     base_labels: tuple[str, ...]
+    cache: CacheShape | None = None
 
 
 def resolve_task(checkpoint: Checkpoint, task: str, adapters: Sequence[Adapter] = ()) -> str:
@@ -77,6 +81,7 @@ def resolve_task(checkpoint: Checkpoint, task: str, adapters: Sequence[Adapter] 
     vision = "image_size" in checkpoint.config
     headed = "image-classification" if vision else "text-classification"
     wanted = {a.task or (headed if a.replaced else own or "feature-extraction") for a in adapters}
+    wanted = {"text-generation" if t == "causal-lm" else t for t in wanted}
     if vision:
         wanted = {headed if t == "text-classification" else t for t in wanted}
     if len(wanted) > 1:
@@ -92,11 +97,13 @@ class Loaded:
     """A torch model of transformers, float32, in eval mode.
 
     ``missing``: modules whose weight the checkpoint does not hold, so that transformers made it up.
+    ``cache``: what a decoder of text keeps, None for every other task.
     """
 
     model: Any
     task: str
     missing: frozenset[str]
+    cache: CacheShape | None = None
 
 
 def load_torch(checkpoint: Checkpoint, task: str, *, labels: int | None = None) -> Loaded:
@@ -108,7 +115,7 @@ def load_torch(checkpoint: Checkpoint, task: str, *, labels: int | None = None) 
         labels: number of labels of a head that the base does not have.
 
     Raises:
-        GraphError: transformers cannot load it for this task.
+        GraphError: transformers cannot load it for this task, or it generates text without a KV cache.
     """
     import torch
 
@@ -132,7 +139,8 @@ def load_torch(checkpoint: Checkpoint, task: str, *, labels: int | None = None) 
                 hint=f"Is it a model for {task}? Choose another --task, or upgrade transformers.",
             ) from error
     missing = frozenset(str(key).rpartition(".")[0] for key in info["missing_keys"])
-    return Loaded(model.eval(), task, missing)
+    model.eval()
+    return Loaded(model, task, missing, cache_shape(model) if task == "text-generation" else None)
 
 
 def trace_model(loaded: Loaded, *, opset: int = 20) -> Traced:
@@ -150,13 +158,15 @@ def trace_model(loaded: Loaded, *, opset: int = 20) -> Traced:
     outputs: tuple[str, ...] = ("last_hidden_state",) if task == "feature-extraction" else ("logits",)
     if headless:
         outputs = (*outputs, "last_hidden_state")
-    example = example_inputs(model)
+    if loaded.cache is not None:
+        outputs = (*outputs, *loaded.cache.outputs)
+    example = example_inputs(model) if loaded.cache is None else decoder_inputs(model, loaded.cache)
     graph = _export(model, example, outputs, opset)
     config = model.config
     labelled = task.endswith("classification") and not missing
     names = getattr(config, "id2label", None) or {}
     labels = tuple(str(names[i]) for i in sorted(names)) if labelled else ()
-    return Traced(graph, tuple(example), outputs, int(config.hidden_size), labels)
+    return Traced(graph, tuple(example), outputs, int(config.hidden_size), labels, loaded.cache)
 
 
 def example_inputs(model: Any, *, batch: int = 2, length: int = 7, seed: int = 0) -> dict[str, Any]:
@@ -194,13 +204,18 @@ def run_torch(model: Any, inputs: dict[str, Any], outputs: Sequence[str]) -> dic
     Args:
         model: a torch model of transformers.
         inputs: tensors by name.
-        outputs: of ``logits`` and ``last_hidden_state``.
+        outputs: of ``logits``, ``last_hidden_state`` and, for decoders, all of `CacheShape.outputs` or none.
     """
     kept: dict[str, Any] = {}
-    hook = None
+    hook = cache = None
     if "last_hidden_state" in outputs:
         hook = model.base_model.register_forward_hook(lambda _m, _i, out: kept.update(last_hidden_state=out[0]))
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    options: dict[str, Any] = {}
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        if any(name.startswith(PAST) for name in inputs):
+            cache = make_cache(inputs)
+            inputs = {name: value for name, value in inputs.items() if not name.startswith(PAST)}
+        options = {"past_key_values": cache, "use_cache": cache is not None}
     try:
         answer = model(**inputs, return_dict=True, **options)
     finally:
@@ -208,6 +223,8 @@ def run_torch(model: Any, inputs: dict[str, Any], outputs: Sequence[str]) -> dic
             hook.remove()
     if "logits" in outputs:
         kept["logits"] = answer.logits
+    if cache is not None:
+        kept |= cache_tensors(cache)
     return {name: kept[name] for name in outputs}
 
 
@@ -224,7 +241,8 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
         def forward(self, *tensors: Any) -> tuple[Any, ...]:
             return tuple(run_torch(self.model, dict(zip(names, tensors, strict=True)), outputs).values())
 
-    free = tuple({0: "batch", 1: "sequence"} if tensor.ndim == 2 else {0: "batch"} for tensor in example.values())
+    decoder = any(name.startswith(PAST) for name in names)
+    free = tuple(_free_sides(name, tensor.ndim, decoder=decoder) for name, tensor in example.items())
     with quiet():
         try:
             program = torch.onnx.export(
@@ -247,6 +265,17 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
     for node in graph.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
     return graph
+
+
+def _free_sides(name: str, ndim: int, *, decoder: bool) -> dict[int, str]:
+    """Sides of an input that stay free, by their names in the graph."""
+    if name.startswith(PAST):
+        return {0: "batch", 2: "past"}
+    if ndim != 2:
+        return {0: "batch"}
+    if not decoder:
+        return {0: "batch", 1: "sequence"}
+    return {0: "batch", 1: "past + tokens" if name == "attention_mask" else "tokens"}
 
 
 @contextmanager

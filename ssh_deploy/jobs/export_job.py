@@ -14,6 +14,7 @@ from ssh_deploy.graph.bank_file import Layout
 from ssh_deploy.graph.guard import CONTRACT
 from ssh_deploy.graph.trace import Loaded, Traced
 from ssh_deploy.jobs import folder_files as files
+from ssh_deploy.jobs.export_decoder import describe_decoder
 
 #: (p, q) of each length by axis.
 Orders = Mapping[str, Mapping[int, tuple[int, int]]]
@@ -108,6 +109,7 @@ def describe(
         "orders": {axis: {str(n): list(pq) for n, pq in pairs.items()} for axis, pairs in orders.items()},
         "kinds": list(layout.kinds),
         "head": head,
+        "decoder": None if traced.cache is None else describe_decoder(job.checkpoint, traced.cache),
         "dtype": job.options.dtype,
         "mode": job.options.mode,
         "adapters": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from ssh_deploy.errors import AdapterMismatchError, GraphError, UnknownNameError
 from ssh_deploy.graph.bank_file import Layout
 from ssh_deploy.graph.patching import apply_adapter, label_count, model_places
 from ssh_deploy.graph.precision import store_half
-from ssh_deploy.graph.trace import Loaded, load_torch, trace_model
+from ssh_deploy.graph.storing import save_graph
+from ssh_deploy.graph.trace import load_torch, trace_model
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
+from ssh_deploy.jobs.export_decoder import copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.progress import Progress
 
@@ -24,8 +27,6 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
         GraphError: the task needs a head that neither base nor adapter has.
         VerificationError: the graph is not what torch answers.
     """
-    import onnx_ir as ir
-
     options, checkpoint = job.options, job.checkpoint
     weights = options.weights or (1.0,)
     source = _head_of(job)
@@ -33,12 +34,12 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     adapter = job.fitted[source].adapter if source else None
     if adapter is not None:
         loaded = load_torch(checkpoint, job.task, labels=label_count(adapter, loaded.model))
-    before = validating.torch_outputs(loaded.model, validating.inputs_for(loaded.model), _names(job.task))
+    before = validating.torch_outputs(loaded.model, validating.inputs_for(loaded), _names(job.task))
     for (name, fitted), weight in zip(job.fitted.items(), weights, strict=True):
         places = model_places(fitted.adapter, loaded.model, checkpoint.config)
         apply_adapter(loaded.model, fitted.adapter, places, scale=weight, head=name == source)
     left = loaded.missing - frozenset(adapter.replaced if adapter is not None else ())
-    loaded = Loaded(loaded.model, job.task, left)
+    loaded = replace(loaded, missing=left)
     check_missing(job, loaded)
     if left and job.headed:
         raise GraphError(
@@ -51,7 +52,7 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     if options.dtype == "float16":
         store_half(traced.graph)
         round_weights(loaded.model)
-    ir.save(traced.graph, folder / files.MODEL, external_data=f"{files.MODEL}.data")
+    save_graph(traced.graph, folder / files.MODEL)
     progress("export", 2, 4)
     fingerprint = fingerprint_of(checkpoint, {p for f in job.fitted.values() for p in f.places.values()})
     changes: dict[str, Any] = {"architectures": [type(loaded.model).__name__]}
@@ -61,6 +62,7 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
             "label2id": {n: i for i, n in enumerate(labels)},
         }
     files.copy_companions(checkpoint, folder, changes)
+    copy_template(checkpoint, folder)
     files.write_samples(folder / files.FINGERPRINT, fingerprint)
     layout = Layout((), (), (), options.adapter_dtype, (0, 0, 0), {})
     deployment = describe(job, loaded, traced, layout, fingerprint.sha256, {})
@@ -76,7 +78,7 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
         {"name": name, "weight": weight, "source_digest": f.adapter.digest, "family": f.adapter.family}
         for (name, f), weight in zip(job.fitted.items(), weights, strict=True)
     ]
-    inputs = validating.inputs_for(loaded.model)
+    inputs = validating.inputs_for(loaded)
     want = validating.torch_outputs(loaded.model, inputs, traced.outputs)
     effect = validating.effect_of(want, before)
     got = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)

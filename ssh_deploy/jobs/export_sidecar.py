@@ -21,9 +21,11 @@ from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, 
 from ssh_deploy.graph.precision import store_half
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Slotted, add_slots
+from ssh_deploy.graph.storing import save_graph
 from ssh_deploy.graph.trace import Loaded, Traced, load_torch, trace_model
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
+from ssh_deploy.jobs.export_decoder import copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.export_plan import plan_slots
 from ssh_deploy.jobs.folder_adapters import rows_of, write_adapter
@@ -46,15 +48,13 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     check_missing(job, loaded)
     traced = trace_model(loaded, opset=options.opset)
     progress("export", 1, 4)
-    import onnx_ir as ir
-
     calls = by_module(find_calls(traced.graph.graph))
     plan, names = plan_slots(job, loaded, {module: (c[0].outputs, c[0].inputs) for module, c in calls.items()})
     if options.dtype == "float16":
         store_half(traced.graph)
         round_weights(loaded.model)
     plain = folder / ".plain.onnx"
-    ir.save(traced.graph, plain, external_data=".plain.onnx.data")
+    save_graph(traced.graph, plain)
     slotted = add_slots(traced.graph, plan)
     orders = {
         axis: {n: _pq(axis, n) for n in sorted({side for _, *sides in slotted.table for side in sides})}
@@ -78,12 +78,13 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     traced.graph.metadata_props["ssh_deploy.sites"] = ",".join(m for m, *_ in table)
     traced.graph.metadata_props["ssh_deploy.contract"] = str(CONTRACT)
     traced.graph.producer_name, traced.graph.producer_version = "ssh-deploy", files.versions().get("ssh-deploy", "")
-    ir.save(traced.graph, folder / files.MODEL, external_data=f"{files.MODEL}.data")
+    save_graph(traced.graph, folder / files.MODEL)
     progress("export", 2, 4)
     files.write_samples(folder / files.FINGERPRINT, fingerprint)
     if base_head:
         files.write_base_head(folder / files.BASE_HEAD, base_head)
     files.copy_companions(checkpoint, folder, {})
+    copy_template(checkpoint, folder)
     rows = {}
     for name, fitted in job.fitted.items():
         rows[name] = rows_of(fitted, layout, checkpoint, headless=not job.headed)
@@ -123,7 +124,7 @@ def _validate(
     rows: Mapping[str, Arrays],
     progress: Progress,
 ) -> dict[str, validating.Checked]:
-    inputs = validating.inputs_for(loaded.model)
+    inputs = validating.inputs_for(loaded)
     names = traced.outputs
     required = files.no_adapter(layout) if job.options.adapter_inputs == "required" and layout.kinds else None
     runner = validating.Runner(folder / files.MODEL, names, required)

@@ -31,6 +31,7 @@ ADAPTERS = "adapters"
 _COMPANIONS = (
     "added_tokens.json",
     "chat_template.jinja",
+    "generation_config.json",
     "merges.txt",
     "preprocessor_config.json",
     "sentencepiece.bpe.model",

@@ -16,10 +16,13 @@ from numpy.typing import NDArray
 
 from ssh_deploy.errors import VerificationError
 from ssh_deploy.graph.bank_file import onnxruntime
-from ssh_deploy.graph.trace import example_inputs, run_torch
+from ssh_deploy.graph.kv_cache import decoder_inputs
+from ssh_deploy.graph.trace import Loaded, example_inputs, run_torch
 
 #: (batch, tokens) of the validation; none is the example's shape that was traced.
 SHAPES = ((1, 5), (2, 16), (5, 9))
+#: (batch, tokens, past) of the validation of decoders: prefill, one more token, a chunk.
+DECODER_SHAPES = ((2, 12, 0), (4, 1, 9), (1, 6, 4))
 #: Largest difference allowed, as a share of the spread of torch's own outputs (at least 1).
 TOLERANCE = 1e-4
 
@@ -39,9 +42,15 @@ class Checked:
         return {"max_abs_diff": self.max_abs_diff, "spread": self.spread, "effect": self.effect}
 
 
-def inputs_for(model: Any) -> list[dict[str, Any]]:
-    """Torch inputs of every shape of `SHAPES`."""
-    return [example_inputs(model, batch=b, length=n, seed=17 + i) for i, (b, n) in enumerate(SHAPES)]
+def inputs_for(loaded: Loaded) -> list[dict[str, Any]]:
+    """Torch inputs of every shape of `SHAPES`, or for decoders of `DECODER_SHAPES`."""
+    model, cache = loaded.model, loaded.cache
+    if cache is None:
+        return [example_inputs(model, batch=b, length=n, seed=17 + i) for i, (b, n) in enumerate(SHAPES)]
+    return [
+        decoder_inputs(model, cache, batch=b, tokens=n, past=past, seed=17 + i)
+        for i, (b, n, past) in enumerate(DECODER_SHAPES)
+    ]
 
 
 def torch_outputs(model: Any, inputs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Outputs]:

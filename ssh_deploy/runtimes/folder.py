@@ -56,13 +56,40 @@ class StoredAdapter:
     verified: bool | None
 
 
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """What generation needs to know of a graph of task ``text-generation``.
+
+    Attributes:
+        layers, kv_heads, head_dim: the cache: 2·layers tensors, f32 [batch, kv_heads, past, head_dim].
+        past: names of the cache's inputs, layer by layer, key before value.
+        present: names of its outputs in the same order: past and new tokens together.
+        context: most tokens of a row, prompt and answer together; None where the base states none.
+        bos: token that texts begin with; None without.
+        eos: tokens that end a text; may be none.
+        pad: token that fills short rows; None where the base names none (then any will do: the mask hides it).
+        chat_template: file of the folder that turns messages into a prompt (Jinja); None without.
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    past: tuple[str, ...]
+    present: tuple[str, ...]
+    context: int | None
+    bos: int | None
+    eos: tuple[int, ...]
+    pad: int | None
+    chat_template: str | None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Folder:
     """What `deployment.json` says, checked; field names as there.
 
     ``guard``: None for a graph without slots. ``labels``: the base's own class names, empty when it has no head.
     ``orders``: (p, q) of the output order by transform and length. ``required``: adapter inputs have no defaults and
-    must always be fed.
+    must always be fed. ``inputs``: the model's own, in order. ``decoder``: None for every task but ``text-generation``.
     """
 
     root: Path
@@ -79,6 +106,8 @@ class Folder:
     required: bool
     padding: Mapping[str, Any]
     adapters: Mapping[str, StoredAdapter]
+    inputs: tuple[str, ...]
+    decoder: Decoder | None
 
     def samples(self) -> Fingerprint | None:
         """The base's samples (`FINGERPRINT`), or None where the folder has none.
@@ -155,6 +184,8 @@ def open_folder(path: str | Path) -> Folder:
         required=_field(root, fields, "adapter_inputs", str) == "required",
         padding=_typed(root, "padding", fields.get("padding") or {}, dict),
         adapters=adapters,
+        inputs=tuple(_list(root, fields, "inputs", str)),
+        decoder=_decoder(root, fields.get("decoder")),
     )
 
 
@@ -250,6 +281,28 @@ def _stored(root: Path, name: str, entry: Any) -> StoredAdapter:
         task=None if task is None else _typed(root, f"adapters.{name}.task", task, str),
         verified=None if base is None else base == "verified",
     )
+
+
+def _decoder(root: Path, entry: Any) -> Decoder | None:
+    if entry is None:
+        return None
+    fields = _typed(root, "decoder", entry, dict)
+    layers, kv_heads, head_dim = (_field(root, fields, key, int) for key in ("layers", "kv_heads", "head_dim"))
+    past, present = (tuple(_list(root, fields, key, str)) for key in ("past", "present"))
+    if min(layers, kv_heads, head_dim) < 1 or {len(past), len(present)} != {2 * layers}:
+        raise DeploymentError(
+            f"{root}/{DEPLOYMENT}: a cache of {layers} layers, {kv_heads} heads, {head_dim} wide, with {len(past)} "
+            f"inputs and {len(present)} outputs.",
+            hint=_DAMAGED,
+        )
+    context, bos, pad = (
+        None if fields.get(key) is None else _field(root, fields, key, int) for key in ("context", "bos", "pad")
+    )
+    template = None if fields.get("chat_template") is None else _field(root, fields, "chat_template", str)
+    if template is not None:
+        contained(root, template)
+    eos = tuple(_list(root, fields, "eos", int))
+    return Decoder(layers, kv_heads, head_dim, past, present, context, bos, eos, pad, template)
 
 
 def _guard(root: Path, fields: Mapping[str, Any]) -> tuple[int, int, int] | None:

@@ -21,7 +21,7 @@ from ssh_deploy.testing import random_adapter
         ("bert", "base", "feature-extraction"),
         ("bert", "text-classification", "text-classification"),
         ("vit", "image", "image-classification"),
-        ("gpt2", "causal-lm", "causal-lm"),
+        ("gpt2", "causal-lm", "text-generation"),
         ("gpt2", "base", "feature-extraction"),
     ],
 )
@@ -34,8 +34,8 @@ def test_the_adapters_task_comes_first(pico):
     headed = random_adapter({"q": (2, 2)}, heads={"classifier": {"weight": np.ones((2, 2))}})
     stated = random_adapter({"q": (2, 2)}, task="causal-lm")
     assert resolve_task(checkpoint, "auto", [headed]) == "text-classification"
-    assert resolve_task(checkpoint, "auto", [stated]) == "causal-lm"
-    with pytest.raises(GraphError, match=r"(?s)different tasks: causal-lm, text-classification.*--task"):
+    assert resolve_task(checkpoint, "auto", [stated]) == "text-generation"
+    with pytest.raises(GraphError, match=r"(?s)different tasks: text-classification, text-generation.*--task"):
         resolve_task(checkpoint, "auto", [headed, stated])
     assert resolve_task(checkpoint, "feature-extraction", [headed, stated]) == "feature-extraction"
 

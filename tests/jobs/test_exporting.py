@@ -187,13 +187,12 @@ def test_other_transforms_and_float32_values(pico, tmp_path, transform):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["causal-lm", "feature-extraction"])
-def test_gpt2_without_a_classifier(pico, tmp_path, task):
+def test_gpt2_without_a_classifier(pico, tmp_path):
     base = pico("gpt2", "causal-lm")
     path = write_adapter(tmp_path / "a.safetensors", base, "gpt2", seed=8)
-    export_model(base, [str(path)], tmp_path / "out", options=ExportOptions(task=task))
+    export_model(base, [str(path)], tmp_path / "out", options=ExportOptions(task="feature-extraction"))
     adapter = make_adapter(base, "gpt2", seed=8)
-    feeds, want = torch_answer(base, adapter, task=task)
+    feeds, want = torch_answer(base, adapter, task="feature-extraction")
     answer = run(tmp_path / "out", feeds, tmp_path / "out" / "adapters" / "a.onnx_adapter")
     (got,) = answer.values()
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * max(1, float(np.ptp(want))))
@@ -261,7 +260,7 @@ def test_merged(pico, tmp_path):
         (0, ExportOptions(kinds=("hartley",)), GraphError, "no site is named"),
         (0, ExportOptions(sites=("*.qurey",)), UnknownNameError, "matches none"),
         (0, ExportOptions(opset=3), GraphError, "Opset 3"),
-        (0, ExportOptions(task="causal-lm"), DeployError, "no weights for cls|cannot load"),
+        (0, ExportOptions(task="text-generation"), DeployError, "no weights for cls|cannot load"),
     ],
 )
 def test_options_that_make_no_sense(pico, tmp_path, adapters, options, error, message):
