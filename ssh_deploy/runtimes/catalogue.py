@@ -62,6 +62,14 @@ class _Reading:
     rides: list[Callable[[], None]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Loan:
+    """Contents by name, held until ``give_back`` is called, once."""
+
+    contents: Mapping[str, Content]
+    give_back: Callable[[], None]
+
+
 class Catalogue:
     """The names of one open folder."""
 
@@ -149,13 +157,13 @@ class Catalogue:
         else:
             self._set_pin(name, pinned=False)
 
-    @contextmanager
-    def lend(self, names: Sequence[str | None]) -> Iterator[dict[str, Content]]:
-        """Hold what ``names`` stand for, for one run; sources are looked at and read as needed.
+    def borrow(self, names: Sequence[str | None], *, wait: bool = True) -> Loan:
+        """Hold what ``names`` stand for until it is given back; sources are looked at and read as needed.
 
         Raises:
             UnknownNameError: no such adapter, one that was unloaded, or no name at all.
             DeploymentError: a vanished file, or more than the budget can hold. What reading raises.
+            MustWaitError: not ``wait``, and there is no room before others have ended.
         """
         order = [name for name in dict.fromkeys(names) if name is not None]
         reading = _Reading()
@@ -163,18 +171,45 @@ class Catalogue:
             while True:
                 looks = [self._look(name, reading) for name in order]
                 try:
-                    held = self._residents.acquire(partial(self._settle, looks), partial(self._count, looks, 1))
+                    held = self._residents.acquire(
+                        partial(self._settle, looks), partial(self._count, looks, 1), wait=wait
+                    )
                     break
                 except MustReadError:
                     continue
         finally:
             self._leave(reading)
-        try:
-            yield dict(zip(order, held, strict=True))
-        finally:
+
+        def give_back() -> None:
             with self._changed:
                 self._count(looks, -1)
                 self._residents.release(held)
+
+        return Loan(dict(zip(order, held, strict=True)), give_back)
+
+    @contextmanager
+    def lend(self, names: Sequence[str | None]) -> Iterator[Mapping[str, Content]]:
+        """Hold what ``names`` stand for, for one run; raises what `borrow` does."""
+        loan = self.borrow(names)
+        try:
+            yield loan.contents
+        finally:
+            loan.give_back()
+
+    def check(self, name: str) -> None:
+        """Refuse a name that nothing goes by now, without reading anything.
+
+        Raises:
+            UnknownNameError: no such adapter, one that was unloaded, or no name at all.
+        """
+        with self._changed:
+            known = self._entries.get(name)
+            for one in parse_sum(name).names if known is None and is_sum(name) else (name,):
+                entry = self._entries.get(one)
+                if entry is None and (check_name(one) not in self._folder.adapters or one in self.unloaded):
+                    raise self.absent(one)
+                if entry is not None and entry.leaving:
+                    raise self.absent(one)
 
     def close(self) -> None:
         """Refuse whoever waits for room or for runs to end."""

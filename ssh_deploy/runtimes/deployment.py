@@ -20,6 +20,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,11 @@ from ssh_deploy.runtimes.bank import GUARD
 from ssh_deploy.runtimes.budget import DEFAULT_MEMORY, HowManyFit, how_many_fit, make_banks, parse_bytes, widths_of
 from ssh_deploy.runtimes.catalogue import Catalogue
 from ssh_deploy.runtimes.folder import MODEL, Folder, check_name, contained, open_folder
-from ssh_deploy.runtimes.lending import Part, lent_to
+from ssh_deploy.runtimes.generator import Generator
+from ssh_deploy.runtimes.lending import Part, lent_to, nothing_lent
 from ssh_deploy.runtimes.loading import Loaded, prepare
+from ssh_deploy.runtimes.prompts import Prompts
+from ssh_deploy.runtimes.requests import Generation
 from ssh_deploy.runtimes.residents import Residents
 from ssh_deploy.runtimes.session import Input, Session
 from ssh_deploy.runtimes.texts import Texts
@@ -236,7 +240,9 @@ class Deployment:
         if self.folder.task not in (CLASSIFY, EMBED):
             raise DeploymentError(
                 f"{self.folder.root}: a {self.folder.task} model does not answer texts as a whole.",
-                hint="Give arrays: `.run(feeds, adapters=…)`.",
+                hint="Let it go on from them: `.generate(prompts, adapters)`, `ssh-deploy run --prompt`."
+                if self.folder.decoder
+                else "Give arrays: `.run(feeds, adapters=…)`.",
             )
         names = names_per_row(adapters, len(texts))
         answer = self._classify if self.folder.task == CLASSIFY else self._embed
@@ -244,6 +250,49 @@ class Deployment:
         for start in range(0, len(texts), batch_size):
             results += answer(texts[start : start + batch_size], names[start : start + batch_size])
         return results
+
+    def generator(self, *, rows: int = 32, padding: str = "left") -> Generator:
+        """A batch that requests for text join and leave, each with its own adapter (`generator`).
+
+        Args:
+            rows: most requests in the batch; others wait in line.
+            padding: where prompts that join together are filled up to the longest, ``left`` or ``right``.
+
+        Raises:
+            DeploymentError: a model that does not go on from prompts.
+        """
+        self._check_open()
+        return Generator(
+            self.folder,
+            self._session,
+            self._catalogue,
+            self._residents,
+            prompts=self._prompts,
+            rows=rows,
+            padding=padding,
+        )
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[int]], adapters: Adapters = None, *, rows: int = 32, **options: Any
+    ) -> list[Generation]:
+        """Go on from prompts, each with its own adapter.
+
+        Args:
+            prompts: texts, or tokens.
+            adapters: as in `predict`.
+            rows: most prompts at a time.
+            options: of `Generator.submit`, the same for all.
+
+        Raises:
+            DeployError: what `Generator.submit` raises, or the failure of any of them.
+        """
+        if isinstance(prompts, str):
+            raise DeploymentError("generate takes a list of prompts, not one.", hint="Put it in a list: [prompt].")
+        names = names_per_row(adapters, len(prompts))
+        with self.generator(rows=rows) as generator:
+            pairs = zip(prompts, names, strict=True)
+            streams = [generator.submit(prompt, name, **options) for prompt, name in pairs]
+            return [stream.result() for stream in streams]
 
     def run(
         self, feeds: Mapping[str, NDArray[Any]], adapters: Adapters = None, *, outputs: Sequence[str] | None = None
@@ -309,11 +358,7 @@ class Deployment:
     def _run_part(
         self, feeds: Mapping[str, NDArray[Any]], part: Part, outputs: Sequence[str]
     ) -> dict[str, NDArray[Any]]:
-        base: dict[str, NDArray[Any]] = {}
-        if self.folder.required and self.folder.guard is not None:
-            base = {GUARD: np.zeros(self.folder.guard, dtype=np.uint8)}
-            for bank in self._residents.banks.values():
-                base |= bank.empty()
+        base = nothing_lent(self.folder, self._residents.banks)
         own = {name: array[part.rows] for name, array in feeds.items()}
         answers = self._session.run(base | own | part.feeds, outputs)
         if part.labels is not None and LOGITS in answers:  # a bank's heads are as wide as its widest may be
@@ -331,6 +376,10 @@ class Deployment:
         state = "unloaded" if name in self._catalogue.unloaded else "stored"
         labels = stored.labels or self.folder.labels
         return AdapterEntry(name, state, stored.family, labels, stored.task, stored.sha256, stored.verified)
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        return Prompts(self.folder)
 
     def _tokens(self) -> Texts:
         self._check_open()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.errors import DeploymentError
-from ssh_deploy.runtimes.bank import Bank
+from ssh_deploy.runtimes.bank import GUARD, Bank
 from ssh_deploy.runtimes.folder import Folder
 from ssh_deploy.runtimes.residents import Content
 
@@ -70,6 +70,16 @@ def lent_to(
     else:
         parts = [_part(slice(None), contents, banks)]
     return Lent(parts, [folder.labels if content is None else content.loaded.labels for content in contents])
+
+
+def nothing_lent(folder: Folder, banks: Mapping[str, Bank]) -> dict[str, NDArray[Any]]:
+    """Feeds that mean "no adapter"; none where the graph has defaults for all of them."""
+    feeds: dict[str, NDArray[Any]] = {}
+    if folder.required and folder.guard is not None:
+        feeds = {GUARD: np.zeros(folder.guard, dtype=np.uint8)}
+        for bank in banks.values():
+            feeds |= bank.empty()
+    return feeds
 
 
 def _part(rows: Any, contents: Sequence[Content | None], banks: Mapping[str, Bank]) -> Part:

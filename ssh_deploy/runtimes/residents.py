@@ -54,6 +54,10 @@ class MustReadError(Exception):
     """Internal: some wanted contents are not resident and were not read; the caller reads and asks again."""
 
 
+class MustWaitError(Exception):
+    """Internal: there is no room now for all that is wanted, and the caller would not wait."""
+
+
 class Residents:
     """Contents in memory, within ``budget`` bytes.
 
@@ -83,7 +87,11 @@ class Residents:
         return digest in self._contents
 
     def acquire(
-        self, settle: Callable[[], Collection[Wanted]], lent: Callable[[], None] | None = None
+        self,
+        settle: Callable[[], Collection[Wanted]],
+        lent: Callable[[], None] | None = None,
+        *,
+        wait: bool = True,
     ) -> list[Content]:
         """Hold all contents that ``settle`` names, in its order, for a run; waits until there is room for all.
 
@@ -91,9 +99,11 @@ class Residents:
             settle: called under the lock, again after each wait, so that what it says is true at the moment the rows
                 are lent; whatever it raises ends the call.
             lent: called under the lock once the rows are held.
+            wait: False: `MustWaitError` instead of waiting.
 
         Raises:
             MustReadError: a wanted content is neither resident nor given.
+            MustWaitError: others must end first, or were first to ask.
             AdapterMismatchError: one that the banks cannot take.
             DeploymentError: more than the budget could ever hold beside what is pinned.
         """
@@ -107,6 +117,8 @@ class Residents:
                             if lent is not None:
                                 lent()
                             return held
+                    if not wait:
+                        raise MustWaitError
                     if ticket not in self._queue:
                         self._queue.append(ticket)
                     self.changed.wait()

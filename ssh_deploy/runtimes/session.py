@@ -48,6 +48,8 @@ class Session:
         inputs: the model's own inputs.
         adapter_inputs: those of the contract, whose names begin with ``adapter_``; optional or required.
         outputs: names in the model's order.
+        output_shapes: their sides by name, symbolic ones by theirs.
+        device: where the first provider computes, ``cpu`` or ``cuda``.
     """
 
     def __init__(self, model: Path, *, threads: int | None = None, providers: Sequence[str] | None = None) -> None:
@@ -65,11 +67,13 @@ class Session:
         chosen = list(providers) if providers is not None else default_providers()
         with _border(f"{model}: ONNX Runtime {ort.__version__} cannot load it", "Export or fetch the folder again."):
             self._session: Any = ort.InferenceSession(str(model), options, providers=chosen)
+        self.device = "cuda" if self._session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
         own = [_input(node) for node in self._session.get_inputs()]
         lent = [_input(node) for node in self._session.get_overridable_initializers()]
         self.inputs = {i.name: i for i in own if not i.name.startswith("adapter_")}
         self.adapter_inputs = {i.name: i for i in (*own, *lent) if i.name.startswith("adapter_")}
-        self.outputs = tuple(node.name for node in self._session.get_outputs())
+        self.output_shapes = {node.name: tuple(node.shape) for node in self._session.get_outputs()}
+        self.outputs = tuple(self.output_shapes)
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
         """Answer ``feeds``; safe from several threads. ``outputs``: names, or None for all.
@@ -83,6 +87,39 @@ class Session:
         with _border("ONNX Runtime refused the run", "Check names, dtypes and shapes of the feeds."):
             answers = session.run(names, dict(feeds))
         return dict(zip(names, answers, strict=True))
+
+    def run_kept(
+        self, feeds: Mapping[str, Any], outputs: Sequence[str], *, kept: Sequence[str]
+    ) -> tuple[dict[str, NDArray[Any]], list[Any]]:
+        """Answer ``feeds``, and leave some outputs where the next run takes them from; safe from several threads.
+
+        On the CPU nothing is copied here either way; on a GPU what is kept stays there.
+
+        Args:
+            feeds: arrays, or what an earlier run kept, by input name.
+            outputs: names to bring back as arrays.
+            kept: names to leave, in order.
+
+        Returns:
+            ``outputs`` by name, and an OrtValue for each of ``kept``.
+
+        Raises:
+            DeploymentError: whatever ORT refuses.
+        """
+        session = self._session
+        if session is None:
+            raise DeploymentError("The session was closed.", hint="Open the deployment again.")
+        with _border("ONNX Runtime refused the run", "Check names, dtypes and shapes of the feeds."):
+            binding = session.io_binding()
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, ort_value(value) if isinstance(value, np.ndarray) else value)
+            for name in outputs:
+                binding.bind_output(name, "cpu")
+            for name in kept:
+                binding.bind_output(name, self.device)
+            session.run_with_iobinding(binding)
+            values = binding.get_outputs()
+            return {name: v.numpy() for name, v in zip(outputs, values, strict=False)}, values[len(outputs) :]
 
     def close(self) -> None:
         """Let go of the model; a run that goes on keeps it until its end."""
@@ -109,6 +146,11 @@ def onnxruntime() -> Any:
             hint="`pip uninstall onnxruntime onnxruntime-gpu`, then install 'ssh-deploy[cpu]' or 'ssh-deploy[gpu]'.",
         )
     return ort
+
+
+def ort_value(array: NDArray[Any]) -> Any:
+    """``array`` as ONNX Runtime's own value, which reads it where it is and keeps it alive."""
+    return onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
 def default_providers() -> list[str]:

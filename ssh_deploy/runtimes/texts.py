@@ -31,8 +31,6 @@ class Texts:
         Raises:
             DeploymentError: no tokenizer, a damaged one, or a model that does not take token ids.
         """
-        from tokenizers import Tokenizer
-
         strange = sorted(set(inputs) - {"input_ids", "attention_mask", "token_type_ids"})
         if "input_ids" not in inputs or strange:
             raise DeploymentError(
@@ -40,11 +38,7 @@ class Texts:
                 hint="Give arrays: `.run(feeds, adapters=…)`.",
             )
         self._inputs = inputs
-        path = contained(folder.root, _FILE)
-        try:
-            self._tokenizer: Any = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DeploymentError(f"{path}: not a tokenizer: {error}", hint="Export or fetch it again.") from error
+        self._tokenizer = load_tokenizer(folder.root)
         config = _config(folder.root, "tokenizer_config.json")
         model = _config(folder.root, "config.json")
         self.max_length = _max_length(folder, config, model)
@@ -75,6 +69,21 @@ class Texts:
             "token_type_ids": np.array([e.type_ids for e in encoded], dtype=np.int64).reshape(ids.shape),
         }
         return {n: a.astype(self._inputs[n].dtype) for n, a in all_arrays.items() if n in self._inputs}, mask != 0
+
+
+def load_tokenizer(root: Path) -> Any:
+    """The tokenizer in ``root/tokenizer.json``.
+
+    Raises:
+        DeploymentError: missing or damaged.
+    """
+    from tokenizers import Tokenizer
+
+    path = contained(root, _FILE)
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DeploymentError(f"{path}: not a tokenizer: {error}", hint="Export or fetch it again.") from error
 
 
 def _config(root: Path, name: str) -> dict[str, Any]:
