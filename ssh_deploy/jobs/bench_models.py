@@ -107,6 +107,7 @@ def random_adapter(folder: Folder, *, seed: int) -> Adapter:
     """A random adapter on every site of ``folder``."""
     rng = np.random.default_rng(seed)
     deltas = {}
+    first = folder.sites[0].out * folder.sites[0].inn
     for site in folder.sites:
         total = site.out * site.inn
         n = min(COEFFICIENTS, total // 2)
@@ -114,8 +115,10 @@ def random_adapter(folder: Folder, *, seed: int) -> Adapter:
         places = rng.permutation(places)[:n]
         rows, cols = np.divmod(places, site.inn)
         dtype = np.uint16 if max(site.out, site.inn) <= 1 << 16 else np.uint32
-        alpha = _STRENGTH * total / math.sqrt(n)  # root mean square of ΔW = α/(MN) C S C is α √n / (MN)
-        values = rng.standard_normal(n).astype(np.float16)
+        # root mean square of ΔW = α/(MN) C S C is α √n / (MN) times that of the values; a file has one α
+        alpha = _STRENGTH * first / math.sqrt(min(COEFFICIENTS, first // 2))
+        level = _STRENGTH * total / math.sqrt(n) / alpha
+        values = (rng.standard_normal(n) * level).astype(np.float16)
         deltas[site.module] = SpectralDelta(
             (site.out, site.inn), "hartley", rows.astype(dtype), cols.astype(dtype), values, alpha, "backward"
         )
