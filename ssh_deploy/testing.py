@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, read_folder
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError, AdapterMismatchError
 from ssh_deploy.transforms import cpu, get_transform, reference
@@ -186,8 +187,11 @@ class FamilyContract:
 
     def example(
         self, rng: np.random.Generator
-    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, tuple[int, int]], dict[str, NDArray[np.float64]]]:
-        """Config, tensors as PEFT saves them, shapes of the base's weights and ΔW by module (float64)."""
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]], dict[str, tuple[int, int]], dict[str, Any]]:
+        """Config, tensors as PEFT saves them, shapes of the base's weights and ΔW by module (float64).
+
+        For a change that depends on the weight, a function of W (float64) in the place of ΔW.
+        """
         raise NotImplementedError
 
     @pytest.fixture
@@ -205,7 +209,12 @@ class FamilyContract:
         assert adapter.family == self.family
         assert set(adapter.deltas) == set(want)
         for module, delta in adapter.deltas.items():
-            np.testing.assert_allclose(delta.dense(dtype=torch.float64).numpy(), want[module], atol=1e-6)
+            if isinstance(delta, RelativeDelta):
+                weight = np.random.default_rng(8).normal(size=shapes[module])
+                got = delta.add_to(torch.from_numpy(weight.copy())).numpy() - weight
+                np.testing.assert_allclose(got, want[module](weight), atol=1e-6)
+            else:
+                np.testing.assert_allclose(delta.dense(dtype=torch.float64).numpy(), want[module], atol=1e-6)
 
     def test_its_slots_are_those_its_deltas_fill(self, folder: Path) -> None:
         """Every delta goes into a slot the family names, or is refused where it names none."""

@@ -2,17 +2,18 @@
 
 Most families train a few numbers out of which ΔW is worked out whole. They inherit `FormulaDelta` and write `dense`.
 Some (DoRA, reflections, scales of rows) have no ΔW of their own: theirs is a function of the weight they change. They
-inherit `RelativeDelta` and write `change`; a merge gives them W, and no slot of a graph can hold them.
+inherit `RelativeDelta` and write `change`; a merge gives them W. Scales change the bias with the rows: `bias_change`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ssh_deploy.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
 
 
 class FormulaDelta:
@@ -41,9 +42,20 @@ class RelativeDelta:
 
     __slots__ = ()
 
+    kind: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight."""
+        raise NotImplementedError
+
     def change(self, weight: torch.Tensor) -> torch.Tensor:
         """ΔW [out, in] of the base's own ``weight`` [out, in], float32 or float64 as that is."""
         raise NotImplementedError
+
+    def bias_change(self, bias: NDArray[Any] | None) -> NDArray[Any] | None:
+        """Δb float64 [out] of the base's own ``bias`` [out] (None: it has none); None: it leaves biases alone."""
+        return None
 
     def add_to(self, weight: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
         """``weight + scale·ΔW(weight)``: see `Delta.add_to`; ``weight`` is the base's own, nothing merged into it."""

@@ -11,7 +11,9 @@ import numpy as np
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.checkpoints.names import match_modules
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.replaced import ReplacedModule
+from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError
 
@@ -60,15 +62,28 @@ def apply_adapter(
                 weight.copy_(delta.add_to(weight.detach().T.contiguous(), scale=scale).T)
             else:
                 weight.copy_(delta.add_to(weight.detach().clone(), scale=scale))
+            if isinstance(delta, RelativeDelta):
+                _change_bias(modules[places[path]], delta, scale)
         for path, replaced in adapter.replaced.items() if head else ():
             _replace(modules, adapter, path, replaced)
 
 
+def _change_bias(module: Any, delta: RelativeDelta, scale: float) -> None:
+    import torch
+
+    own = None if module.bias is None else module.bias.detach().double().numpy()
+    change = delta.bias_change(own)
+    if change is None or (own is None and not np.any(change)):
+        return
+    after = torch.from_numpy(scale * change if own is None else own + scale * change).to(module.weight.dtype)
+    module.bias = torch.nn.Parameter(after, requires_grad=False)
+
+
 def rounded(adapter: Adapter, dtype: str) -> Adapter:
-    """``adapter`` with the values of its spectra rounded to ``dtype``, as a graph of that adapter dtype holds them."""
+    """``adapter`` with its values at places rounded to ``dtype``, as a graph of that adapter dtype holds them."""
     deltas: dict[str, Delta] = {}
     for path, delta in adapter.deltas.items():
-        if isinstance(delta, SpectralDelta):
+        if isinstance(delta, SpectralDelta | SparseDelta):
             deltas[path] = replace(delta, values=delta.values.astype(np.dtype(dtype)))
         else:
             deltas[path] = delta

@@ -15,6 +15,7 @@ from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.index import open_checkpoint
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.lowrank import LowRankDelta
+from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, FingerprintError
 
@@ -178,7 +179,7 @@ def _held_against(path: Path, base: str | Path) -> tuple[Adapter, BaseView]:
 
 def _norm(delta: Delta) -> float | None:
     """‖ΔW‖ where ΔW need not be formed: of a spectrum by Parseval, since every axis is orthonormal."""
-    if isinstance(delta, LowRankDelta):
+    if isinstance(delta, LowRankDelta | SparseDelta):
         return delta.norm
     if not isinstance(delta, SpectralDelta):
         return None

@@ -25,12 +25,13 @@ from ssh_deploy.checkpoints.task_head import TaskHead, fit_head
 from ssh_deploy.checkpoints.whole import whole_folder
 from ssh_deploy.checkpoints.writer import Entry, Made, Stored, copy_into, entry_bytes, write_shard
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, OutputError, UnknownNameError, near_misses
 from ssh_deploy.jobs.merge_report import UNVERIFIED, VERIFIED, MergedAdapter, MergeReport, SiteReport
 from ssh_deploy.jobs.naming import named_paths
 from ssh_deploy.jobs.progress import Progress, silent
-from ssh_deploy.jobs.rounding import Tally, casting, merging, survival
+from ssh_deploy.jobs.rounding import Tally, casting, merging, merging_bias, survival
 
 CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -222,8 +223,42 @@ def _deltas(
         tally = tallies[name] = Tally(tuple(dict.fromkeys(n for n, _, _ in terms)))
         parts = merging(checkpoint, stored, [(d, w) for _, d, w in terms], code, device=device, tally=tally)
         made[name] = Made(code, checkpoint.shape(source), parts)
+        biased = [(n, d, w) for n, d, w in terms if isinstance(d, RelativeDelta) and d.bias_change(None) is not None]
+        if biased:
+            _bias(checkpoint, target, stored, biased, dtype, made, tallies)
     plain = [target for target, _ in by_place if not any(part.isdigit() for part in target.split("."))]
     return made, tallies, bool(plain) and bool(set(tied_modules(checkpoint.config)) & set(plain))
+
+
+def _bias(
+    checkpoint: Checkpoint,
+    target: str,
+    stored: str,
+    terms: Sequence[tuple[str, RelativeDelta, float]],
+    dtype: str,
+    made: dict[str, Made],
+    tallies: dict[str, Tally],
+) -> None:
+    """Put the changed bias of one module into ``made`` and ``tallies``."""
+    name, source = f"{target}.bias", f"{stored}.bias"
+    if source not in checkpoint.places:
+        shifted = [n for n, d, _ in terms if np.any(d.bias_change(None))]
+        if shifted:
+            raise AdapterMismatchError(
+                f"{shifted[0]} shifts the answers of {stored}, which has no bias in {checkpoint.folder} to take it.",
+                hint="Slots take it: `ssh-deploy export --onnx`.",
+            )
+        return
+    width = terms[0][1].shape[0]
+    if checkpoint.shape(source) != (width,):
+        raise AdapterMismatchError(
+            f"{checkpoint.folder}: {source} is {list(checkpoint.shape(source))}, its weight has {width} rows.",
+            hint="The checkpoint is damaged.",
+        )
+    code = checkpoint.dtype(source) if dtype == "keep" else CODES[dtype]
+    tally = tallies[name] = Tally(tuple(dict.fromkeys(n for n, _, _ in terms)))
+    parts = merging_bias(checkpoint, stored, [(d, w) for _, d, w in terms], code, tally=tally)
+    made[name] = Made(code, (width,), parts)
 
 
 def _replacements(replaced: Mapping[str, ReplacedModule], dtype: str) -> dict[str, Made]:

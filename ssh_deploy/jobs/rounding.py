@@ -86,6 +86,21 @@ def merging(
     return parts
 
 
+def merging_bias(
+    checkpoint: Checkpoint, module: str, terms: Sequence[tuple[RelativeDelta, float]], code: str, *, tally: Tally
+) -> Callable[[], Iterator[NDArray[Any]]]:
+    """As `merging`, for the bias of ``module``: round(b + Σ wᵢ Δbᵢ)."""
+
+    def parts() -> Iterator[NDArray[Any]]:
+        bias = checkpoint.read(f"{module}.bias")
+        before = bias.astype(np.float64 if bias.dtype == np.float64 else np.float32)
+        changes = [scale * change for d, scale in terms if (change := d.bias_change(before)) is not None]
+        total = np.sum(changes, axis=0).astype(before.dtype)
+        yield _rounded(f"{module}.bias", before[:, None], total[:, None], code, tally)[:, 0]
+
+    return parts
+
+
 def _accumulate(total: NDArray[Any], delta: Delta, scale: float, device: str, base: NDArray[Any]) -> None:
     """``total += scale·ΔW``; ``base`` is W [out, in] as stored, for changes that depend on it."""
     if device == "cpu" and isinstance(delta, SpectralDelta):
