@@ -1,29 +1,47 @@
-"""Turn a PEFT folder into a compact file, or back, and say what the change cost."""
+"""Turn an adapter into another form (compact file, PEFT folder, `.onnx_adapter`) or kind, and say what that cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import TASKS, Adapter
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.fitting import fit
 from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, write_folder
+from ssh_deploy.adapters.projecting import Change
 from ssh_deploy.adapters.reading import read_adapter
-from ssh_deploy.checkpoints.index import open_checkpoint
-from ssh_deploy.errors import AdapterFileError, OutputError
+from ssh_deploy.checkpoints.index import Checkpoint, open_checkpoint
+from ssh_deploy.checkpoints.orientation import site_weight
+from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import RelativeDelta
+from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, OutputError
+from ssh_deploy.jobs.recasting import KINDS, Recast, Share, energy_kept, recast, settings_of, table
 from ssh_deploy.registry import get_family
 
-FORMS = ("file", "peft")
+FORMS = ("file", "peft", *KINDS, "onnx-adapter")
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What was written. ``rounding`` is the largest change of a coefficient over the largest coefficient."""
+    """What was written.
+
+    Attributes:
+        source, out: paths; ``form``: of ``out``, in words.
+        digest: sha256 of the content written.
+        bytes_before, bytes_after: of both.
+        rounding: largest change of a number by writing it, over the largest number of its tensor; None for rows of
+            a graph.
+        fingerprint: of the base, where one is stored.
+        notes: what a person should know.
+        energy: share of ``‖ΔW‖²`` that another kind keeps; None where the kind is the same.
+        shares: the same for each matrix, and how many ``unit`` (coefficients, rank) hold it.
+    """
 
     source: str
     out: str
@@ -31,20 +49,28 @@ class Conversion:
     digest: str
     bytes_before: int
     bytes_after: int
-    rounding: float
+    rounding: float | None
     fingerprint: str | None
     notes: tuple[str, ...]
+    energy: float | None = None
+    shares: tuple[Share, ...] = ()
+    unit: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return asdict(self)
+        found = asdict(self)
+        found["shares"] = {s.module: {"size": s.size, "energy": s.share} for s in self.shares}
+        return found
 
     def lines(self) -> list[str]:
         """For people."""
         kept = f"fingerprint {self.fingerprint[:16]}…" if self.fingerprint else "no fingerprint of its base"
+        said = "" if self.rounding is None else f"; values rounded by at most {self.rounding:.1e} of the largest"
         return [
+            *([] if self.energy is None else table(self.shares, self.unit)),
+            *([] if self.energy is None else [f"{self.energy:.2%} of ΔW's energy kept in {len(self.shares)} matrices"]),
             f"{self.out}: {self.form}, {self.bytes_after:,} bytes (was {self.bytes_before:,}), {kept}",
-            f"sha256 {self.digest}; values rounded by at most {self.rounding:.1e} of the largest",
+            f"sha256 {self.digest}{said}",
             *(f"Note: {note}" for note in self.notes),
         ]
 
@@ -59,32 +85,46 @@ def convert_adapter(
     base_name: str | None = None,
     task: str | None = None,
     labels: Sequence[str] | None = None,
+    folder: str | Path | None = None,
+    **amount: Any,
 ) -> Conversion:
     """Read ``source`` and write it as ``out``, all or nothing; what was written is read back and compared.
 
     Args:
         source: compact file or PEFT folder.
-        out: new file or folder.
-        form: ``file`` or ``peft``; None: a file when ``out`` ends in .safetensors, else the other form than it has.
+        out: new file or folder. Spectra go into a file when it ends in .safetensors, else into a folder.
+        form: one of `FORMS`; None: a file when ``out`` ends in .safetensors, else the other form than it has.
         values: ``float16`` or ``float32``, of the coefficients in a file (a PEFT folder always has float32).
         base: checkpoint it was trained on; it is checked against it, gets its shapes and stores its fingerprint.
+            Changes that depend on the weight (DoRA) need it to become another kind.
         base_name: of the base, to store instead of what ``source`` says.
         task: one of `TASKS`, instead of what ``source`` says.
         labels: instead of what ``source`` says.
+        folder: exported, for ``onnx-adapter``: whose graph the rows are for.
+        amount: ``transform``, ``coefficients``, ``energy``, ``rank``, ``min_energy`` of `Recast`, for another kind.
 
     Raises:
-        AdapterFileError, AdapterMismatchError, CheckpointError, FingerprintError: ``source`` is broken or not of
-            this base.
+        AdapterFileError, AdapterMismatchError, CheckpointError, FingerprintError: ``source`` is broken, not of
+            this base, or too little of it would be kept.
         OutputError: ``out`` exists or cannot be written.
     """
     source, out = Path(source), Path(out)
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out} exists already.", hint="Choose another name or remove it first.")
-    adapter = _described(_read(source, base), base_name, task, labels)
-    if form is None:
-        form = "file" if out.suffix == ".safetensors" or adapter.source.is_dir() else "peft"
-    notes = []
-    if form == "file":
+    _check_options(form, folder, {k: v for k, v in amount.items() if v is not None})
+    if form == "onnx-adapter":
+        return _lay_out(source, out, Path(str(folder)))
+    adapter, checkpoint, places = _read(source, base)
+    adapter = _described(adapter, base_name, task, labels)
+    before, unit, notes = _bytes(adapter.source), "", list[str]()
+    shares: tuple[Share, ...] = ()
+    if form in KINDS:
+        target = Recast(form, **{k: v for k, v in amount.items() if v is not None})
+        adapter, shares = recast_adapter(adapter, target, weight_of=_weights(checkpoint, places))
+        unit = target.unit
+        notes += _larger(shares, target)
+    whole = form == "file" or (form != "peft" and out.suffix == ".safetensors")
+    if whole or (form is None and adapter.source.is_dir()):
         write_file(adapter, out, values_dtype=np.dtype(values))
         if adapter.fingerprint is None:
             notes.append("no fingerprint is stored; give --base BASE to store one.")
@@ -96,19 +136,112 @@ def convert_adapter(
     return Conversion(
         source=str(source),
         out=str(out),
-        form="compact file" if form == "file" else "PEFT folder",
+        form="compact file" if out.is_file() else "PEFT folder",
         digest=written.digest,
-        bytes_before=_bytes(adapter.source),
+        bytes_before=before,
         bytes_after=_bytes(out),
         rounding=_rounding(adapter, written),
         fingerprint=written.fingerprint.sha256 if written.fingerprint is not None else None,
         notes=tuple(notes),
+        energy=energy_kept(shares) if shares else None,
+        shares=shares,
+        unit=unit,
     )
 
 
-def _read(source: Path, base: str | Path | None) -> Adapter:
+def recast_adapter(
+    adapter: Adapter, target: Recast, *, weight_of: Callable[[str], NDArray[Any]] | None = None
+) -> tuple[Adapter, tuple[Share, ...]]:
+    """``adapter`` as another kind, and what each of its matrices keeps; heads and descriptions come along.
+
+    Args:
+        adapter: of any family.
+        target: kind and amount.
+        weight_of: the base's weight [out, in] by the adapter's module path; None: no base is at hand.
+
+    Raises:
+        AdapterMismatchError: too little is kept, or a change depends on a weight that is not at hand.
+    """
+    get_family(target.kind)  # said before the work where its plugin is missing
+
+    def changes() -> Iterator[tuple[str, Change]]:
+        for module, delta in adapter.deltas.items():
+            yield module, _alone(f"{adapter.source}: {module}", module, delta, weight_of)
+
+    deltas, shares = recast(changes(), target, where=str(adapter.source))
+    return replace(adapter, family=target.kind, deltas=deltas, settings=settings_of(target, shares)), shares
+
+
+def _alone(where: str, module: str, delta: Delta, weight_of: Callable[[str], NDArray[Any]] | None) -> Change:
+    """``delta``, or the numbers of one that depends on its weight."""
+    if not isinstance(delta, RelativeDelta):
+        return delta
+    if weight_of is None:
+        raise AdapterMismatchError(
+            f"{where}: its change depends on the weight it changes ({delta.kind}).",
+            hint="Give the base (--base BASE).",
+        )
+    import torch
+
+    numbers: NDArray[Any] = delta.change(torch.from_numpy(weight_of(module).astype(np.float64))).numpy()
+    return numbers
+
+
+def _check_options(form: str | None, folder: str | Path | None, amount: dict[str, Any]) -> None:
+    """Options that mean nothing for ``form`` are refused, not ignored."""
+    if amount and form not in KINDS:
+        raise AdapterMismatchError(
+            f"--{next(iter(amount)).replace('_', '-')} says nothing of --to {form or 'file'}.",
+            hint=f"It is for --to {', '.join(KINDS)}.",
+        )
+    if (folder is None) == (form == "onnx-adapter"):
+        raise AdapterMismatchError(
+            "--to onnx-adapter and --for OUT go together: rows are laid out for one exported graph.",
+            hint="Give both, or neither.",
+        )
+
+
+def _lay_out(source: Path, out: Path, folder: Path) -> Conversion:
+    """``source`` as the rows that the graph of the exported ``folder`` takes."""
+    from ssh_deploy.graph.bank_file import write_onnx_adapter
+    from ssh_deploy.jobs import folder_files as files
+    from ssh_deploy.jobs.folder_adapters import layout_of
+    from ssh_deploy.runtimes.folder import contained, open_folder, read_json
+    from ssh_deploy.runtimes.loading import read_source
+    from ssh_deploy.runtimes.session import Session
+
+    opened = open_folder(folder)
+    inputs = Session(contained(opened.root, files.MODEL)).adapter_inputs
+    loaded = read_source(opened, inputs, stored=None, path=source, rename=True)
+    rows = {key: array[None] for arrays in loaded.kinds.values() for key, array in arrays.items()}
+    write_onnx_adapter(out, rows, layout_of(opened.root, read_json(opened.root, files.DEPLOYMENT)))
+    return Conversion(
+        source=str(source),
+        out=str(out),
+        form=f"rows for the graph of {folder}",
+        digest=files.file_sha256(out),
+        bytes_before=_bytes(source),
+        bytes_after=_bytes(out),
+        rounding=None,
+        fingerprint=None,
+        notes=(f"it means something to this export alone; its labels are {', '.join(loaded.labels) or 'the base’s'}.",),
+    )
+
+
+def _larger(shares: Sequence[Share], target: Recast) -> list[str]:
+    """A note where a LoRA's factors hold more numbers than the matrices they stand for."""
+    bulky = [s for s in shares if s.size * sum(s.shape) >= s.shape[0] * s.shape[1]]
+    if target.kind != "lora" or not bulky:
+        return []
+    highest = max(s.size for s in bulky)
+    found = f"in {len(bulky)} of {len(shares)} matrices the factors are larger than ΔW itself (rank up to {highest})"
+    return [f"{found}; --rank R or --energy E makes them smaller."]
+
+
+def _read(source: Path, base: str | Path | None) -> tuple[Adapter, Checkpoint | None, dict[str, str]]:
+    """The adapter; its base and the places of its modules there, where one is given."""
     if base is None:
-        return read_adapter(source)
+        return read_adapter(source), None, {}
     checkpoint = open_checkpoint(base)
     fitted = fit(source, checkpoint)
     adapter = fitted.adapter
@@ -117,7 +250,14 @@ def _read(source: Path, base: str | Path | None) -> Adapter:
         checkpoint.config.get("_name_or_path") or (checkpoint.folder.resolve() if Path(base).exists() else base)
     )
     own = Path(known).name if Path(known).is_absolute() else known
-    return replace(adapter, fingerprint=adapter.fingerprint or fitted.fingerprint, base=adapter.base or own)
+    adapter = replace(adapter, fingerprint=adapter.fingerprint or fitted.fingerprint, base=adapter.base or own)
+    return adapter, checkpoint, dict(fitted.places)
+
+
+def _weights(checkpoint: Checkpoint | None, places: dict[str, str]) -> Callable[[str], NDArray[Any]] | None:
+    if checkpoint is None:
+        return None
+    return lambda module: site_weight(checkpoint, places[module])
 
 
 def _described(adapter: Adapter, base: str | None, task: str | None, labels: Sequence[str] | None) -> Adapter:
