@@ -63,3 +63,11 @@ def exported(pico, tmp_path_factory):
         return made[architecture]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def decoder(tmp_path_factory):
+    """(base, {name: adapter file}, exported folder) of a pico decoder, made once."""
+    from decoder_folders import export_decoder
+
+    return export_decoder(tmp_path_factory.mktemp("decoder"))
