@@ -1,9 +1,10 @@
 """Sites of a traced graph: which node is which module's weight, what it reads, where its answer comes out.
 
 torch writes the module path of every node into its metadata (`pkg.torch.onnx.name_scopes`, the last but one entry).
-A site is a MatMul or Gemm whose second input is an initializer: attention scores carry their module's path too. The
-activation is taken where it still has the batch first: GPT-2's Conv1D flattens tokens with a Reshape before its Gemm
-and unflattens after it, so its site reads before the one and answers after the other. A pooler's Gemm sees one token.
+A site is a MatMul or Gemm whose second input is an initializer, or the Transpose of one that others read too (an output
+embedding tied to the input's): attention scores carry their module's path too. The activation is taken where it still
+has the batch first: GPT-2's Conv1D flattens tokens with a Reshape before its Gemm and unflattens after it, so its site
+reads before the one and answers after the other. A pooler's Gemm sees one token.
 """
 
 from __future__ import annotations
@@ -132,11 +133,11 @@ def _call(node: ir.Node, module: str, inputs: int, outputs: int) -> Call:
 
 
 def _stored(value: ir.Value) -> bool:
-    """Whether a value is an initializer, or the Cast of one (`precision.store_half`)."""
+    """Whether a value is an initializer, or the Transpose or Cast of one (`precision.store_half`)."""
     node = value.producer()
-    if node is None or node.op_type != "Cast":
+    if node is None or node.op_type not in ("Cast", "Transpose"):
         return value.is_initializer()
-    return node.inputs[0] is not None and node.inputs[0].is_initializer()
+    return node.inputs[0] is not None and _stored(node.inputs[0])
 
 
 def _batched(value: ir.Value) -> bool:

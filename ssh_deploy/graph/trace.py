@@ -53,6 +53,7 @@ class Traced:
         hidden: width of the hidden state.
         base_labels: class names of the base's own head; empty without one.
         cache: what a decoder keeps; None for every other task.
+        embedding: module path of a decoder's output embedding; "" for every other task.
     """
 
     graph: ir.Model
@@ -61,6 +62,7 @@ class Traced:
     hidden: int
     base_labels: tuple[str, ...]
     cache: CacheShape | None = None
+    embedding: str = ""
 
 
 def resolve_task(checkpoint: Checkpoint, task: str, adapters: Sequence[Adapter] = ()) -> str:
@@ -166,7 +168,7 @@ def trace_model(loaded: Loaded, *, opset: int = 20) -> Traced:
     labelled = task.endswith("classification") and not missing
     names = getattr(config, "id2label", None) or {}
     labels = tuple(str(names[i]) for i in sorted(names)) if labelled else ()
-    return Traced(graph, tuple(example), outputs, int(config.hidden_size), labels, loaded.cache)
+    return Traced(graph, tuple(example), outputs, int(config.hidden_size), labels, loaded.cache, _embedding(loaded))
 
 
 def example_inputs(model: Any, *, batch: int = 2, length: int = 7, seed: int = 0) -> dict[str, Any]:
@@ -265,6 +267,11 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
     for node in graph.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
     return graph
+
+
+def _embedding(loaded: Loaded) -> str:
+    made = loaded.model.get_output_embeddings() if loaded.cache is not None else None
+    return next((name for name, module in loaded.model.named_modules() if module is made), "")
 
 
 def _free_sides(name: str, ndim: int, *, decoder: bool) -> dict[int, str]:

@@ -8,17 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from ssh_deploy.checkpoints.index import Checkpoint, contained
-from ssh_deploy.graph.kv_cache import CacheShape
+from ssh_deploy.graph.positions import LOGITS_AT, choose_positions
+from ssh_deploy.graph.sites import find_calls
+from ssh_deploy.graph.trace import Traced
 from ssh_deploy.jobs import folder_files as files
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
 
 
-def describe_decoder(checkpoint: Checkpoint, cache: CacheShape) -> dict[str, Any]:
-    """The field ``decoder`` of `deployment.json`; `runtimes.folder.Decoder` says what its own fields mean.
+def add_positions(traced: Traced) -> None:
+    """Give a decoder's graph the input `LOGITS_AT`; other graphs, or without one such place, stay as they are."""
+    calls = [call for call in find_calls(traced.graph.graph) if call.module == traced.embedding]
+    if traced.cache is not None and len(calls) == 1 and calls[0].tokens:
+        choose_positions(traced.graph, calls[0])
+
+
+def describe_decoder(checkpoint: Checkpoint, traced: Traced) -> dict[str, Any] | None:
+    """The field ``decoder`` of `deployment.json`, None without a cache; `runtimes.folder.Decoder` says what it means.
 
     Special tokens are those of generation_config.json, which may name several ends, else those of config.json.
     """
+    cache = traced.cache
+    if cache is None:
+        return None
     config = checkpoint.config
     tokens = {**config, **{k: v for k, v in _json(checkpoint, GENERATION).items() if v is not None}}
     eos = tokens.get("eos_token_id")
@@ -29,6 +41,7 @@ def describe_decoder(checkpoint: Checkpoint, cache: CacheShape) -> dict[str, Any
         "head_dim": cache.head_dim,
         "past": list(cache.inputs),
         "present": list(cache.outputs),
+        "logits_at": LOGITS_AT if any(value.name == LOGITS_AT for value in traced.graph.graph.inputs) else None,
         "context": context,
         "bos": tokens.get("bos_token_id"),
         "eos": [] if eos is None else eos if isinstance(eos, list) else [eos],

@@ -109,7 +109,7 @@ def describe(
         "orders": {axis: {str(n): list(pq) for n, pq in pairs.items()} for axis, pairs in orders.items()},
         "kinds": list(layout.kinds),
         "head": head,
-        "decoder": None if traced.cache is None else describe_decoder(job.checkpoint, traced.cache),
+        "decoder": describe_decoder(job.checkpoint, traced),
         "dtype": job.options.dtype,
         "mode": job.options.mode,
         "adapters": {},

@@ -15,7 +15,7 @@ from ssh_deploy.graph.storing import save_graph
 from ssh_deploy.graph.trace import load_torch, trace_model
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
-from ssh_deploy.jobs.export_decoder import copy_template
+from ssh_deploy.jobs.export_decoder import add_positions, copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.progress import Progress
 
@@ -47,6 +47,8 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
             hint="Train with it in modules_to_save, or export with --task feature-extraction.",
         )
     traced = trace_model(loaded, opset=options.opset)
+    if options.adapter_inputs == "optional":
+        add_positions(traced)
     progress("export", 1, 4)
     labels = list(adapter.labels) if adapter is not None and adapter.labels else list(traced.base_labels)
     if options.dtype == "float16":

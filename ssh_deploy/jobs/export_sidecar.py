@@ -25,7 +25,7 @@ from ssh_deploy.graph.storing import save_graph
 from ssh_deploy.graph.trace import Loaded, Traced, load_torch, trace_model
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
-from ssh_deploy.jobs.export_decoder import copy_template
+from ssh_deploy.jobs.export_decoder import add_positions, copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.export_plan import plan_slots
 from ssh_deploy.jobs.folder_adapters import rows_of, write_adapter
@@ -47,6 +47,8 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     loaded = load_torch(checkpoint, job.task)
     check_missing(job, loaded)
     traced = trace_model(loaded, opset=options.opset)
+    if options.adapter_inputs == "optional":
+        add_positions(traced)
     progress("export", 1, 4)
     calls = by_module(find_calls(traced.graph.graph))
     plan, names = plan_slots(job, loaded, {module: (c[0].outputs, c[0].inputs) for module, c in calls.items()})
@@ -127,9 +129,10 @@ def _validate(
     inputs = validating.inputs_for(loaded)
     names = traced.outputs
     required = files.no_adapter(layout) if job.options.adapter_inputs == "required" and layout.kinds else None
+    unchanged = validating.Runner(plain, names)(inputs)  # before the next session: each holds the whole base
     runner = validating.Runner(folder / files.MODEL, names, required)
     nothing = runner(inputs)
-    validating.identical(job.base, nothing, _cut(validating.Runner(plain, names)(inputs), nothing))
+    validating.identical(job.base, nothing, _cut(unchanged, nothing))
     want = validating.torch_outputs(loaded.model, inputs, names)
     checks = {"": validating.compare("no adapter", nothing, _cut(want, nothing))}
     for i, (name, fitted) in enumerate(job.fitted.items()):

@@ -64,6 +64,8 @@ class Decoder:
         layers, kv_heads, head_dim: the cache: 2·layers tensors, f32 [batch, kv_heads, past, head_dim].
         past: names of the cache's inputs, layer by layer, key before value.
         present: names of its outputs in the same order: past and new tokens together.
+        logits_at: optional input int64 [batch, positions]: tokens of each row whose logits are wanted; fed, `logits` is
+            [batch, positions, vocab], else [batch, tokens, vocab]. None where the graph has no such input.
         context: most tokens of a row, prompt and answer together; None where the base states none.
         bos: token that texts begin with; None without.
         eos: tokens that end a text; may be none.
@@ -76,6 +78,7 @@ class Decoder:
     head_dim: int
     past: tuple[str, ...]
     present: tuple[str, ...]
+    logits_at: str | None
     context: int | None
     bos: int | None
     eos: tuple[int, ...]
@@ -298,11 +301,13 @@ def _decoder(root: Path, entry: Any) -> Decoder | None:
     context, bos, pad = (
         None if fields.get(key) is None else _field(root, fields, key, int) for key in ("context", "bos", "pad")
     )
-    template = None if fields.get("chat_template") is None else _field(root, fields, "chat_template", str)
+    logits_at, template = (
+        None if fields.get(key) is None else _field(root, fields, key, str) for key in ("logits_at", "chat_template")
+    )
     if template is not None:
         contained(root, template)
     eos = tuple(_list(root, fields, "eos", int))
-    return Decoder(layers, kv_heads, head_dim, past, present, context, bos, eos, pad, template)
+    return Decoder(layers, kv_heads, head_dim, past, present, logits_at, context, bos, eos, pad, template)
 
 
 def _guard(root: Path, fields: Mapping[str, Any]) -> tuple[int, int, int] | None:
