@@ -21,6 +21,7 @@ from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 
 _Float = NDArray[np.float64]
+_NOISE = 1e-6  # of float32 numbers that came out of a few sums, against the largest of them
 #: Coordinates [core side, r] to vectors [side, r] of ΔW.
 _Basis = Callable[[_Float], _Float]
 
@@ -92,3 +93,27 @@ def _split_spectrum(delta: SpectralDelta) -> tuple[_Basis, _Float, _Basis, float
         return vectors
 
     return synthesis(rows, delta.shape[0]), core, synthesis(cols, delta.shape[1]), float(np.finfo(np.float64).eps)
+
+
+def thin(dense: NDArray[Any], *, trained: int | None = None) -> LowRankDelta:
+    """The product that ``dense`` [out, in], float32, is, up to its rounding; cheap where its rank is low.
+
+    An orthonormal basis of its columns is found by random projection, of twice as many columns until nothing is left
+    outside (Halko, Martinsson, Tropp 2011); only what is inside is decomposed. ``trained``: see `LowRankDelta`.
+    """
+    exact, rng = dense.astype(np.float64), np.random.default_rng(0)
+    whole, side, columns = float(np.linalg.norm(exact)), min(dense.shape), 32
+    if not whole:
+        nothing = np.zeros((1, dense.shape[1]), np.float32), np.zeros((dense.shape[0], 1), np.float32)
+        return LowRankDelta(*nothing, trained=trained)
+    while True:
+        basis = np.linalg.qr(exact @ rng.normal(size=(dense.shape[1], min(columns, side))))[0]
+        inside = basis.T @ exact
+        if columns >= side or np.linalg.norm(exact - basis @ inside) <= _NOISE * whole:
+            break
+        columns *= 2
+    u, s, vt = np.linalg.svd(inside, full_matrices=False)
+    r = int((s > _NOISE * s[0]).sum())
+    root = np.sqrt(s[:r])
+    b, a = basis @ (u[:, :r] * root), vt[:r] * root[:, None]
+    return LowRankDelta(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32), trained=trained)

@@ -7,6 +7,7 @@ inherit `RelativeDelta` and write `change`; a merge gives them W. Scales change 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from ssh_deploy.errors import AdapterMismatchError
@@ -56,6 +57,11 @@ class RelativeDelta:
     def bias_change(self, bias: NDArray[Any] | None) -> NDArray[Any] | None:
         """Δb float64 [out] of the base's own ``bias`` [out] (None: it has none); None: it leaves biases alone."""
         return None
+
+    def bias_change_beside(self, bias: NDArray[Any] | None, weight: Callable[[], NDArray[Any]]) -> NDArray[Any] | None:
+        """`bias_change` of a ``bias`` beside a weight; ``weight()`` is the base's own [out, in], for those that ask."""
+        del weight
+        return self.bias_change(bias)
 
     def add_to(self, weight: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
         """``weight + scale·ΔW(weight)``: see `Delta.add_to`; ``weight`` is the base's own, nothing merged into it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def weighted_modules(model: Any) -> list[str]:
@@ -58,21 +61,22 @@ def apply_adapter(
     with torch.no_grad():
         for path, delta in adapter.deltas.items():
             weight = modules[places[path]].weight
-            if type(modules[places[path]]).__name__ == "Conv1D":  # GPT-2 stores [in, out]
-                weight.copy_(delta.add_to(weight.detach().T.contiguous(), scale=scale).T)
-            else:
-                weight.copy_(delta.add_to(weight.detach().clone(), scale=scale))
-            if isinstance(delta, RelativeDelta):
-                _change_bias(modules[places[path]], delta, scale)
+            transposed = type(modules[places[path]]).__name__ == "Conv1D"  # GPT-2 stores [in, out]
+            own = weight.detach().T if transposed else weight.detach()
+            if isinstance(delta, RelativeDelta):  # first: it may read the weight
+                _change_bias(modules[places[path]], delta, own, scale)
+            after = delta.add_to(own.clone(memory_format=torch.contiguous_format), scale=scale)
+            weight.copy_(after.T if transposed else after)
         for path, replaced in adapter.replaced.items() if head else ():
             _replace(modules, adapter, path, replaced)
 
 
-def _change_bias(module: Any, delta: RelativeDelta, scale: float) -> None:
+def _change_bias(module: Any, delta: RelativeDelta, weight: torch.Tensor, scale: float) -> None:
     import torch
 
-    own = None if module.bias is None else module.bias.detach().double().numpy()
-    change = delta.bias_change(own)
+    own = getattr(module, "bias", None)  # an embedding has none
+    own = None if own is None else own.detach().double().numpy()
+    change = delta.bias_change_beside(own, weight.float().numpy)
     if change is None or (own is None and not np.any(change)):
         return
     after = torch.from_numpy(scale * change if own is None else own + scale * change).to(module.weight.dtype)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.checkpoints.index import Checkpoint
-from ssh_deploy.checkpoints.orientation import is_transposed
+from ssh_deploy.checkpoints.orientation import is_transposed, site_weight
 from ssh_deploy.checkpoints.safefile import DTYPES, SafeFile
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.formula import RelativeDelta
@@ -94,7 +94,8 @@ def merging_bias(
     def parts() -> Iterator[NDArray[Any]]:
         bias = checkpoint.read(f"{module}.bias")
         before = bias.astype(np.float64 if bias.dtype == np.float64 else np.float32)
-        changes = [scale * change for d, scale in terms if (change := d.bias_change(before)) is not None]
+        found = [(scale, d.bias_change_beside(before, lambda: site_weight(checkpoint, module))) for d, scale in terms]
+        changes = [scale * change for scale, change in found if change is not None]
         total = np.sum(changes, axis=0).astype(before.dtype)
         yield _rounded(f"{module}.bias", before[:, None], total[:, None], code, tally)[:, 0]
 
