@@ -258,7 +258,9 @@ def pico_model(architecture: str, folder: Path, *, task: str = "base", labels: i
     """Save a small random model as a Hugging Face folder and return it.
 
     Args:
-        architecture: ``bert``, ``roberta``, ``distilbert``, ``vit`` or ``gpt2``.
+        architecture: ``bert``, ``roberta``, ``distilbert``, ``vit`` or ``gpt2``; decoders of the LLaMA shape with two
+            heads of keys: ``llama`` (embeddings tied), ``llama-bias`` (biases everywhere), ``qwen2`` (biases at query,
+            key and value), ``mistral`` (a window of 6 tokens), ``phi3`` (query, key and value in one weight).
         folder: where; made if missing.
         task: ``base`` (no head), ``text-classification`` (``image`` for ViT) or ``causal-lm``.
         labels: of the head.
@@ -272,7 +274,8 @@ def pico_model(architecture: str, folder: Path, *, task: str = "base", labels: i
     torch.manual_seed(seed)
     stem, fields = _PICO[architecture]
     config = getattr(transformers, f"{stem}Config")(**fields, num_labels=labels)
-    model = getattr(transformers, stem + _HEADS[task])(config).eval()
+    head = "ForCausalLM" if task == "causal-lm" and stem != "GPT2" else _HEADS[task]
+    model = getattr(transformers, stem + head)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # default initialisation is so small that adapters hide in rounding
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -284,8 +287,10 @@ def pico_model(architecture: str, folder: Path, *, task: str = "base", labels: i
 
 _SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
 _GPT2_SIZES = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+_TOKENS = {"vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+_DECODER = {**_SIZES, **_TOKENS, "num_key_value_heads": 2, "max_position_embeddings": 96}
 #: architecture: (stem of its classes in transformers, fields of its config)
-_PICO: dict[str, tuple[str, dict[str, int]]] = {
+_PICO: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("Bert", {**_SIZES, "vocab_size": 64, "max_position_embeddings": 64}),
     "roberta": ("Roberta", {**_SIZES, "vocab_size": 64, "max_position_embeddings": 66, "type_vocab_size": 1}),
     "distilbert": (
@@ -293,7 +298,12 @@ _PICO: dict[str, tuple[str, dict[str, int]]] = {
         {"dim": 48, "n_layers": 2, "n_heads": 4, "hidden_dim": 80, "vocab_size": 64, "max_position_embeddings": 64},
     ),
     "vit": ("ViT", {**_SIZES, "image_size": 32, "patch_size": 8}),
-    "gpt2": ("GPT2", {**_GPT2_SIZES, "vocab_size": 64, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}),
+    "gpt2": ("GPT2", {**_GPT2_SIZES, **_TOKENS}),
+    "llama": ("Llama", {**_DECODER, "tie_word_embeddings": True}),
+    "llama-bias": ("Llama", {**_DECODER, "attention_bias": True, "mlp_bias": True}),
+    "qwen2": ("Qwen2", _DECODER),
+    "mistral": ("Mistral", {**_DECODER, "sliding_window": 6}),
+    "phi3": ("Phi3", _DECODER),
 }
 _HEADS = {
     "base": "Model",
