@@ -3,8 +3,8 @@
 An adapter becomes one row of each bank it uses: values as in its own file (f16 or f32), one f32 scale a site (α, the
 orthonormal transforms' share, the factor of a joint spectrum's expansion), and places renumbered to the order in which
 the graph's transforms put their outputs, *rows descending* (`lowering.spectral` says why). Sites that it leaves alone
-hold zeros with scale 0. Heads that it did not train are the base's own. Low-rank adapters: `lowrank_rows`. Needs
-numpy, and onnxruntime to write.
+hold zeros with scale 0. Heads that it did not train are the base's own. Low-rank adapters: `lowrank_rows`; scales, thin
+maps and values at places: `structured_rows`. Needs numpy, and onnxruntime to write.
 """
 
 from __future__ import annotations
@@ -21,15 +21,24 @@ from numpy.typing import NDArray
 from ssh_deploy.adapters.base import Adapter, finite
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.diagonal import DiagonalDelta
 from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.lowrank import LowRankDelta
+from ssh_deploy.deltas.reflection import ReflectionDelta
+from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta, Stack, stacked
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, near_misses
-from ssh_deploy.graph.lowrank_rows import A, product_rows, stack_lowrank
+from ssh_deploy.graph.lowrank_rows import product_rows, stack_padded
+from ssh_deploy.graph.structured_rows import SIDED, SPARSE, sided_rows, sparse_rows
 from ssh_deploy.transforms import get_transform
 
 GUARD = "adapter_guard"
-PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
+#: kinds that are spectra: names of their axis kernels
+AXES = ("hartley", "cosine")
+#: kinds of values at places, and how their inputs begin
+PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_", "sparse": SPARSE}
+#: kinds of arrays padded with zeros, and how their inputs begin
+PADDED = {"lowrank": "adapter_lowrank_", **SIDED}
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -64,7 +73,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
     """One row of each bank that ``adapter`` uses, by input name, without the leading row dimension.
 
     Args:
-        adapter: spectral and low-rank deltas, and replaced heads.
+        adapter: deltas that slots can hold, and replaced heads.
         layout: of the graph.
         places: module of ``layout.sites`` by the adapter's module path.
 
@@ -72,8 +81,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
         AdapterMismatchError: a site, kind or head that the graph has no slot for, or values that overflow.
     """
     table = {module: (row, n_out, n_in) for row, (module, n_in, n_out) in enumerate(layout.sites)}
-    by_kind: dict[str, dict[int, SpectralDelta]] = {}
-    products: dict[int, LowRankDelta] = {}
+    by_kind: dict[str, dict[int, Any]] = {}
     for module, delta in adapter.deltas.items():
         kind = slot_kind(f"{adapter.source}: {module}", delta)
         if kind not in layout.kinds:
@@ -94,16 +102,26 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
                 f"{adapter.source}: {module} is for a weight of {list(delta.shape)}, the graph's is {shape}.",
                 hint="This adapter belongs to another base.",
             )
-        if isinstance(delta, LowRankDelta):
-            products[row] = delta
-        elif isinstance(delta, SpectralDelta):
-            by_kind.setdefault(kind, {})[row] = delta
-    arrays: Arrays = product_rows(str(adapter.source), products, layout.sites) if products else {}
+        by_kind.setdefault(kind, {})[row] = delta
+    arrays: Arrays = {}
+    where, values = str(adapter.source), np.dtype(layout.adapter_dtype)
     for kind, deltas in by_kind.items():
-        arrays |= _spectral(adapter, kind, deltas, layout)
+        if kind in AXES:
+            arrays |= _spectral(adapter, kind, deltas, layout)
+        elif kind == "sparse":
+            arrays |= sparse_rows(where, deltas, layout.sites, values=values, places=layout.place_dtype)
+        else:
+            arrays |= padded_rows(where, kind, deltas, layout)
     if adapter.replaced:
         arrays |= _heads(adapter, layout)
     return arrays
+
+
+def padded_rows(where: str, kind: str, deltas: Mapping[int, Any], layout: Layout) -> Arrays:
+    """One row of a bank of `PADDED`; without ``deltas`` what means "no adapter"."""
+    if kind == "lowrank":
+        return product_rows(where, deltas, layout.sites)
+    return sided_rows(where, kind, deltas, layout.sites)
 
 
 def slot_kind(where: str, delta: Delta) -> str:
@@ -114,12 +132,12 @@ def slot_kind(where: str, delta: Delta) -> str:
     """
     if isinstance(delta, SpectralDelta):
         return delta.axis.name
-    if isinstance(delta, LowRankDelta):
+    if isinstance(delta, LowRankDelta | SparseDelta | DiagonalDelta | ReflectionDelta):
         return delta.kind
     why = (
         "it changes a weight by what that weight is, and a slot only sees what passes through it"
         if isinstance(delta, RelativeDelta)
-        else "it is neither a sparse spectrum nor a product of two thin matrices"
+        else "it is neither a sparse spectrum nor a product of two thin matrices nor values at a few places"
     )
     raise AdapterMismatchError(
         f"{where}: no slot can hold a {delta.kind} delta: {why}.",
@@ -141,12 +159,11 @@ def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str
     """
     banks: Arrays = {}
     ids: dict[str, list[int]] = {}
-    for kind, name in (("hartley", "adapter_ids"), ("cosine", "adapter_cosine_ids")):
-        prefix = PREFIXES[kind]
+    for kind, prefix in PREFIXES.items():
         own = [r for r in rows if f"{prefix}values" in r]
         if kind not in layout.kinds:
             continue
-        ids[name] = _numbers(rows, f"{prefix}values")
+        ids[f"{prefix}ids"] = _numbers(rows, f"{prefix}values")
         if not own:
             continue
         widest = max(r[f"{prefix}values"].shape[1] for r in own)
@@ -159,11 +176,13 @@ def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str
         banks[f"{prefix}scales"] = np.stack(
             [np.zeros(len(layout.sites), np.float32), *(r[f"{prefix}scales"] for r in own)]
         )
-    if "lowrank" in layout.kinds and layout.sites:
-        key = f"{A}{layout.sites[0][1]}"
-        ids["adapter_lowrank_ids"] = _numbers(rows, key)
+    for kind, prefix in PADDED.items():
+        if kind not in layout.kinds or not layout.sites:
+            continue
+        key = next(iter(padded_rows("nothing", kind, {}, layout)))
+        ids[f"{prefix}ids"] = _numbers(rows, key)
         if own := [r for r in rows if key in r]:
-            banks |= stack_lowrank(own)
+            banks |= stack_padded(own, prefix)
     if "head" in layout.kinds and layout.heads:
         last = f"adapter_head.{layout.heads[-1][0]}.bias"
         own = [r for r in rows if last in r]

@@ -51,10 +51,10 @@ def product_rows(
     return rows
 
 
-def stack_lowrank(own: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
-    """Rows of several adapters as a bank: row 0 empty, each padded to the highest rank."""
+def stack_padded(own: Sequence[Mapping[str, NDArray[Any]]], prefix: str) -> dict[str, NDArray[Any]]:
+    """Rows of several adapters as a bank: row 0 empty, each padded to the widest. ``prefix``: of the inputs."""
     banks = {}
-    for name in [name for name in own[0] if name.startswith((A, B))]:
+    for name in [name for name in own[0] if name.startswith(prefix)]:
         arrays = [rows[name] for rows in own]
         shape = tuple(max(sides) for sides in zip(*(array.shape for array in arrays), strict=True))
         banks[name] = bank = np.zeros((len(own) + 1, *shape), np.float32)

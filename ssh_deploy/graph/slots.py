@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -19,11 +20,13 @@ import onnx_ir as ir
 from ssh_deploy.errors import GraphError, SlotError, near_misses
 from ssh_deploy.graph.emitter import Constants, Emitter
 from ssh_deploy.graph.lowering import head as heads
-from ssh_deploy.graph.lowering import lowrank, spectral
+from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral
 from ssh_deploy.graph.lowrank_rows import A, B, sites_by_width
 from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
+from ssh_deploy.graph.structured_rows import SIDED
+from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
 
-Bank = spectral.SpectralBank | lowrank.LowRankBank
+Bank = spectral.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
 
 #: Prefix of the inputs of each spectral kind.
 PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
@@ -99,6 +102,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     ]
     if "lowrank" in plan.kinds and table:
         banks.append(_lowrank_bank(graph, first, plan, batch, shapes))
+    banks += _structured_banks(graph, first, plan, batch, shapes, table)
     head_calls = sorted((calls[name][0] for name in plan.heads), key=lambda call: order[id(call.nodes[0])])
     if any(len(calls[name]) > 1 for name in plan.heads):
         raise SlotError("A head module is called more than once.", hint="Use --mode merged.")
@@ -110,6 +114,10 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     graph.insert_before(graph[0], first.nodes)
     for group in groups:
         _fill(graph, constants, banks, group, table, shapes)
+    for call in wanted:
+        for bank in banks:
+            if isinstance(bank, sided.SidedBank):
+                map_inputs(graph, constants, bank, call)
     for call in head_calls:
         _replace_head(graph, constants, call, head_bank, head_inputs, plan, batch, last=call is head_calls[-1])
     graph.sort()
@@ -190,7 +198,26 @@ def _lowrank_bank(
     return lowrank.prepare(emitter, a, b, ids, most=most)
 
 
-def _lowrank_places(table: Mapping[str, int], shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+def _structured_banks(
+    graph: ir.Graph,
+    emitter: Emitter,
+    plan: Plan,
+    batch: ir.Value,
+    shapes: Sequence[tuple[int, int]],
+    table: Mapping[str, int],
+) -> list[sparse.SparseBank | sided.SidedBank]:
+    declare = partial(_input, graph, plan=plan)
+    ids = partial(_ids, graph, emitter, batch=batch, plan=plan)
+    banks: list[sparse.SparseBank | sided.SidedBank] = []
+    if "sparse" in plan.kinds and table:
+        values = ir.DataType.FLOAT16 if plan.adapter_dtype == "float16" else ir.DataType.FLOAT
+        places = ir.DataType.from_numpy(place_dtype(shapes))
+        banks.append(sparse_bank(emitter, declare, ids, shapes, values=values, places=places))
+    kinds = [kind for kind in SIDED if kind in plan.kinds and table]
+    return banks + [sided_bank(emitter, kind, declare, ids, shapes, _site_places(table, shapes)) for kind in kinds]
+
+
+def _site_places(table: Mapping[str, int], shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Place of every module among the sites of its in, and among those of its out."""
     of_in, of_out = (sites_by_width([shape[side] for shape in shapes]) for side in (1, 0))
     return {
@@ -226,15 +253,19 @@ def _fill(
 ) -> None:
     """Add the contributions of all banks to the results of one group of calls."""
     for bank in banks:
-        kind = bank.axis if isinstance(bank, spectral.SpectralBank) else "lowrank"
+        kind = bank.axis if isinstance(bank, spectral.SpectralBank) else bank.kind
         emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
         products = [_current(call) for call in group]
         users = [list(product.uses()) for product in products]
         if isinstance(bank, spectral.SpectralBank):
             terms = spectral.contribution(then, bank, group, table)
+        elif isinstance(bank, sparse.SparseBank):
+            terms = sparse.contribution(then, bank, group, table)
+        elif isinstance(bank, sided.SidedBank):
+            terms = sided.answered(then, bank, group, products)
         else:
-            terms = lowrank.contribution(then, bank, group, _lowrank_places(table, shapes))
+            terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
         nowhere = other.const(np.zeros(0), np.int64)
         absent = [other.op("Gather", product, nowhere, axis=0) for product in products]  # no rows of the right shape
         for value in (*terms, *absent):

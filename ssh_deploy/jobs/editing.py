@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ssh_deploy.errors import OutputError, UnknownNameError, VerificationError, near_misses
 from ssh_deploy.graph.lowrank_rows import B
+from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs.folder_adapters import layout_of, write_rows
 from ssh_deploy.jobs.naming import named_paths
@@ -23,6 +24,9 @@ from ssh_deploy.jobs.probing import probe_feeds
 from ssh_deploy.runtimes.folder import Folder, contained, open_folder, read_json
 from ssh_deploy.runtimes.loading import Loaded, read_source
 from ssh_deploy.runtimes.session import Session
+
+#: Side of the arrays of each kind that says how wide an adapter is: coefficients, rank, numbers of a scale.
+_WIDTHS = {"hartley": -1, "cosine": -1, "sparse": -1, "lowrank": -1, "reflection": -2, "diagonal": -1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ def add_adapter(folder: str | Path, adapter: str) -> EditReport:
     deployment = read_json(opened.root, files.DEPLOYMENT)
     arrays = {key: array for rows in loaded.kinds.values() for key, array in rows.items()}
     written = write_rows(opened.root, name, arrays, layout_of(opened.root, deployment))
-    widths = [a.shape[-1] for key, a in arrays.items() if key.endswith("values") or key.startswith(B)]
+    widths = [a.shape[_WIDTHS[kind]] for kind, rows in loaded.kinds.items() if kind in _WIDTHS for a in _changes(rows)]
     entry = {
         **written,
         "family": loaded.family,
@@ -110,7 +114,7 @@ def _rewrite(root: Path, deployment: Mapping[str, Any]) -> None:
 def _require_effect(name: str, folder: Folder, session: Session, loaded: Loaded) -> None:
     """Refuse an adapter whose deltas are not all zero and yet change no bit of any output."""
     deltas = {k: a[None] for kind, rows in loaded.kinds.items() if kind != "head" for k, a in rows.items()}
-    if not any(np.any(a) for key, a in deltas.items() if key.endswith("values") or key.startswith(B)):
+    if not any(np.any(a) for kind, rows in loaded.kinds.items() if kind != "head" for a in _changes(rows)):
         return
     feeds = {**probe_feeds(folder, session.inputs), **(_nothing(session) if folder.required else {})}
     without = session.run(feeds)
@@ -122,6 +126,11 @@ def _require_effect(name: str, folder: Folder, session: Session, loaded: Loaded)
             f"{name}: its deltas change no bit of any output.",
             hint="Its values may be too small for this base's precision, or its modules do not reach the outputs.",
         )
+
+
+def _changes(rows: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """Arrays of one kind without which the others change nothing: values, b of low-rank products, any scale or map."""
+    return [a for key, a in rows.items() if key.endswith("values") or key.startswith((B, *SIDED.values()))]
 
 
 def _nothing(session: Session) -> dict[str, NDArray[Any]]:

@@ -13,9 +13,10 @@ from ssh_deploy.adapters.fitting import Fitted
 from ssh_deploy.checkpoints.sampling import fingerprint_of
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.lowrank import LowRankDelta
+from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import VerificationError
-from ssh_deploy.graph.bank_file import PREFIXES, Arrays, Layout, slot_kind
+from ssh_deploy.graph.bank_file import AXES, Arrays, Layout, slot_kind
 from ssh_deploy.graph.guard import CONTRACT, add_guard, guard_shape
 from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, rounded
 from ssh_deploy.graph.precision import store_half
@@ -61,7 +62,7 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     orders = {
         axis: {n: _pq(axis, n) for n in sorted({side for _, *sides in slotted.table for side in sides})}
         for axis in plan.kinds
-        if axis in PREFIXES
+        if axis in AXES
     }
     table = tuple((names[module], n_in, n_out) for module, n_in, n_out in slotted.table)
     fingerprint = fingerprint_of(checkpoint, [m for m, *_ in table] or sorted(set(names.values())))
@@ -167,7 +168,7 @@ def _effect(name: str, fitted: Fitted, deltas_only: Any, nothing: Any, whole: An
 
 
 def _is_zero(delta: Delta) -> bool:
-    if isinstance(delta, LowRankDelta):
+    if isinstance(delta, LowRankDelta | SparseDelta):
         return delta.norm == 0
     return isinstance(delta, SpectralDelta) and not np.any(delta.values)
 

@@ -12,6 +12,7 @@ from ssh_deploy.checkpoints.index import Checkpoint
 from ssh_deploy.checkpoints.names import canonical
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.lowrank import LowRankDelta
+from ssh_deploy.deltas.reflection import ReflectionDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.graph.bank_file import Arrays, Layout, adapter_rows, write_onnx_adapter
 from ssh_deploy.jobs import folder_files as files
@@ -61,8 +62,8 @@ def write_adapter(folder: Path, name: str, fitted: Fitted, rows: Arrays, layout:
 
 
 def _width(delta: Delta) -> int:
-    """Coefficients of a spectrum, rank of a product."""
-    return delta.rank if isinstance(delta, LowRankDelta) else delta.parameters
+    """Coefficients of a spectrum, rank of a product or a thin map, numbers of all else."""
+    return delta.rank if isinstance(delta, LowRankDelta | ReflectionDelta) else delta.parameters
 
 
 def write_rows(folder: Path, name: str, rows: Arrays, layout: Layout) -> dict[str, str]:

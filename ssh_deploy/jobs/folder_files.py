@@ -18,8 +18,7 @@ from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.checkpoints.index import Checkpoint, contained
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.errors import DeploymentError
-from ssh_deploy.graph.bank_file import GUARD, PREFIXES, Layout
-from ssh_deploy.graph.lowrank_rows import product_rows
+from ssh_deploy.graph.bank_file import GUARD, PADDED, PREFIXES, Layout, padded_rows
 
 DEPLOYMENT = "deployment.json"
 PROVENANCE = "provenance.json"
@@ -205,9 +204,10 @@ def no_adapter(layout: Layout) -> dict[str, NDArray[Any]]:
             none[f"{prefix}values"] = np.zeros((1, sites, 0), layout.adapter_dtype)
             none[f"{prefix}scales"] = np.ones((1, sites), np.float32)
             none[f"{prefix}rows"] = none[f"{prefix}cols"] = np.zeros((1, sites, 0), layout.place_dtype)
-    if "lowrank" in layout.kinds:
-        none["adapter_lowrank_ids"] = np.zeros(1, np.int64)
-        none |= {name: array[None] for name, array in product_rows("nothing", {}, layout.sites).items()}
+    for kind, prefix in PADDED.items():
+        if kind in layout.kinds:
+            none[f"{prefix}ids"] = np.zeros(1, np.int64)
+            none |= {name: array[None] for name, array in padded_rows("nothing", kind, {}, layout).items()}
     if "head" in layout.kinds:
         none["adapter_head_ids"] = np.zeros(1, np.int64)
         for module, n_in, _ in layout.heads:

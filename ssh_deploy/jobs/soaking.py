@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.errors import DeploymentError, UnknownNameError
-from ssh_deploy.graph.bank_file import PREFIXES
+from ssh_deploy.graph.bank_file import AXES
 from ssh_deploy.jobs.probing import probe_feeds
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.synthetic import synthetic_adapter
@@ -141,7 +141,7 @@ def _prepare(folder: Path, work: Path, seed: int) -> _Scene:
     files, headed = [], []
     with Deployment.open(folder, threads=1, max_coefficients=_WIDTH) as deployment:
         fit = deployment.how_many_fit()
-        if not set(fit.adapter_bytes) & set(PREFIXES):
+        if not set(fit.adapter_bytes) & set(AXES):
             raise DeploymentError(f"{folder}: no slots for spectra.", hint="Export with `--kinds hartley`, `--sites`.")
         for i in range(_CONTENTS):
             # only a base with a head answers for those without; the stable ones lend theirs to sums

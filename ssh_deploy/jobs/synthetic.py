@@ -13,7 +13,7 @@ import numpy as np
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.graph.bank_file import PREFIXES
+from ssh_deploy.graph.bank_file import AXES
 from ssh_deploy.runtimes.bank import kind_of
 from ssh_deploy.runtimes.deployment import Deployment
 
@@ -32,7 +32,7 @@ def synthetic_adapter(deployment: Deployment, *, seed: int, most: int, labels: i
     """
     rng = np.random.default_rng(seed)
     folder = deployment.folder
-    kind = str(rng.choice([kind for kind in folder.kinds if kind in PREFIXES]))
+    kind = str(rng.choice([kind for kind in folder.kinds if kind in AXES]))
     chosen = rng.permutation(len(folder.sites))[: rng.integers(max(1, len(folder.sites) // 2), len(folder.sites) + 1)]
     sites = [folder.sites[i] for i in sorted(chosen)]
     n = min(int(rng.integers(1, most + 1)), *(site.out * site.inn for site in sites))

@@ -36,9 +36,14 @@ IDS = {
     "hartley": "adapter_ids",
     "cosine": "adapter_cosine_ids",
     "lowrank": "adapter_lowrank_ids",
+    "sparse": "adapter_sparse_ids",
+    "diagonal": "adapter_diagonal_ids",
+    "reflection": "adapter_reflection_ids",
     "head": "adapter_head_ids",
 }
 GUARD = "adapter_guard"
+#: Option that says how wide a bank is, where it is not ``max_coefficients``; None: the folder's adapters alone.
+WIDTHS = {"head": "max_labels", "lowrank": "max_rank", "reflection": "max_rank", "diagonal": None}
 
 #: Arrays of one adapter by input name, each without the leading row dimension.
 Rows = Mapping[str, NDArray[Any]]
@@ -48,10 +53,7 @@ Sizes = Mapping[str, int]
 
 def kind_of(name: str) -> str:
     """Kind of bank that the adapter input ``name`` belongs to."""
-    for kind, start in (("head", "adapter_head"), ("cosine", "adapter_cosine_"), ("lowrank", "adapter_lowrank_")):
-        if name.startswith(start):
-            return kind
-    return "hartley"
+    return next((kind for kind in IDS if name.startswith(f"adapter_{kind}")), "hartley")
 
 
 def inputs_by_kind(inputs: Iterable[Input]) -> dict[str, list[Input]]:
@@ -131,10 +133,12 @@ class Bank:
                 )
         for side, size in sizes.items():
             if size > self.widths[side]:
-                option = {"head": "max_labels", "lowrank": "max_rank"}.get(self.kind, "max_coefficients")
+                option = WIDTHS.get(self.kind, "max_coefficients")
                 raise AdapterMismatchError(
                     f"{where}: {size} {side} where every row of this bank holds {self.widths[side]}.",
-                    hint=f"Open the deployment with {option}={size}"
+                    hint="Add it to the folder (`ssh-deploy add`): the widest adapter there says how wide rows are."
+                    if option is None
+                    else f"Open the deployment with {option}={size}"
                     f"{' (--max-coefficients)' if option == 'max_coefficients' else ''}; every resident adapter then "
                     "takes that much.",
                 )

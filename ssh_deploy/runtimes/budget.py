@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssh_deploy.errors import DeployError, DeploymentError
+from ssh_deploy.graph.bank_file import AXES
 from ssh_deploy.runtimes.bank import Bank, inputs_by_kind, kind_of, row_bytes
 from ssh_deploy.runtimes.folder import Folder, contained
 from ssh_deploy.runtimes.residents import Residents
@@ -19,6 +20,9 @@ from ssh_deploy.runtimes.session import Input, onnxruntime
 
 DEFAULT_MEMORY = "1GiB"
 _NO_COEFFICIENTS, _LEAST_LABELS, _NO_RANK = 1024, 16, 16
+_WIDTH_NAMES = {"lowrank": "rank", "reflection": "rank", "diagonal": "vectors"}
+#: Widths of scales, where the folder stores none: one vector on the side of the inputs, two on that of the answers.
+_VECTORS = {"diagonal_in": 1, "diagonal_out": 2}
 _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
@@ -30,7 +34,7 @@ class HowManyFit:
 
     Attributes:
         budget: for the rows of all banks together.
-        max_coefficients: width of every row of coefficients, by kind; the rank of low-rank ones.
+        max_coefficients: width of every row of coefficients, by kind; the rank of low-rank ones and thin maps.
         max_labels: labels of the widest head that fits, 0 for a graph without head slots.
         adapter_bytes: one adapter's row by kind, without a head.
         head_bytes: a head's row, 0 for a graph without head slots.
@@ -64,7 +68,7 @@ class HowManyFit:
         said = [f"budget {self.budget:,} bytes"]
         for kind, size in self.adapter_bytes.items():
             with_heads = f", {self.fit_with_heads[kind]:,} with a head each" if self.head_bytes else ""
-            width = f"{'rank' if kind == 'lowrank' else 'n'} up to {self.max_coefficients[kind]:,}"
+            width = f"{_WIDTH_NAMES.get(kind, 'n')} up to {self.max_coefficients[kind]:,}"
             said.append(f"{kind}: {size:,} bytes an adapter ({width}): {self.fit[kind]:,} fit{with_heads}")
         if self.head_bytes:
             said.append(f"head: {self.head_bytes:,} bytes (up to {self.max_labels:,} labels)")
@@ -112,7 +116,7 @@ def widths_of(
         max_coefficients: of every row; None: each kind's widest stored adapter, else the widest of any kind, else
             1,024.
         max_labels: of a head; None: the widest stored head, at least 16.
-        max_rank: of low-rank adapters; None: the highest stored rank, else 16.
+        max_rank: of low-rank adapters and thin maps; None: the highest stored rank, else 16.
 
     Inner layers of a head are as wide as the layer after them is deep: the graph allows nothing else.
 
@@ -126,8 +130,9 @@ def widths_of(
     }.items():
         if width is not None and width < 1:
             raise DeploymentError(f"{option}={width} holds nothing.", hint="Give at least 1, or None for the default.")
-    stored = _stored_widths(folder, inputs) if None in (max_coefficients, max_labels, max_rank) else {}
-    widest = max((n for (kind, _), n in stored.items() if kind not in ("head", "lowrank")), default=_NO_COEFFICIENTS)
+    stored = _stored_widths(folder, inputs)
+    widest = max((n for (kind, _), n in stored.items() if kind in AXES), default=_NO_COEFFICIENTS)
+    known_kinds = {kind for kind, _ in stored}
     widths: dict[str, int] = {}
     for kind, entries in inputs_by_kind(inputs.values()).items():
         following = [int(e.shape[2] or 0) for e in entries if len(e.shape) == 3 and not isinstance(e.shape[2], str)]
@@ -137,8 +142,13 @@ def widths_of(
                     continue
                 if kind == "lowrank":
                     widths[side] = (stored.get((kind, side)) or _NO_RANK) if max_rank is None else max_rank
+                elif kind == "reflection":  # a side that no stored adapter maps stays closed
+                    known = stored.get((kind, side), 0) if kind in known_kinds else _NO_RANK
+                    widths[side] = known if max_rank is None else max_rank
+                elif kind == "diagonal":
+                    widths[side] = stored.get((kind, side), 0) if kind in known_kinds else _VECTORS[side]
                 elif kind != "head":
-                    known = stored.get((kind, side), 0) or widest or _NO_COEFFICIENTS
+                    known = stored.get((kind, side), 0) or (widest if kind in AXES else 0) or _NO_COEFFICIENTS
                     widths[side] = known if max_coefficients is None else max_coefficients
                 elif side == "labels":
                     known = max(stored.get((kind, side), 0), len(folder.labels), _LEAST_LABELS)

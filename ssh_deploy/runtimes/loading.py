@@ -13,7 +13,7 @@ from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.errors import DeploymentError, FingerprintError, RegistryError
-from ssh_deploy.graph.bank_file import PREFIXES
+from ssh_deploy.graph.bank_file import AXES
 from ssh_deploy.registry import families
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.conversion import head_count, head_labels, rows_of_adapter, rows_of_file
@@ -45,7 +45,7 @@ class Loaded:
 def prepare(folder: Folder) -> None:
     """Look up and import now, when ``folder`` is opened, what its first adapter would wait 20 ms for."""
     families()
-    for kind in set(folder.kinds) & set(PREFIXES):
+    for kind in set(folder.kinds) & set(AXES):
         with suppress(RegistryError):  # two plugins that claim one name: said when an adapter needs it
             get_transform(kind)
 

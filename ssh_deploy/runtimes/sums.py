@@ -3,14 +3,15 @@
     sum  = term *("+" term) ["@head=" name]          term = [weight "*"] name
 
 A sum is an adapter like any other: per kind and site the terms' coefficients one after another, those at one place
-added, rows descending as the graph wants them, and one scale. Numbers are computed in float64 and rounded once to
-the bank's dtype. A site's scale is its dominant term's, times a power of two that puts the largest value high in
-float16's range: the dominant term's own values stay exact, nothing overflows, and what is rounded away from the
-others is 2⁻¹¹ of a value (2⁻²⁴ of the site's largest for those near nothing). Products of two thin matrices stand side
-by side, their ranks added, with the weight in b.
+added, rows descending as the graph wants them, and one scale (so too values at places of a sparse change). Numbers are
+computed in float64 and rounded once to the bank's dtype. A site's scale is its dominant term's, times a power of two
+that puts the largest value high in float16's range: the dominant term's own values stay exact, nothing overflows, and
+what is rounded away from the others is 2⁻¹¹ of a value (2⁻²⁴ of the site's largest for those near nothing). Products of
+two thin matrices stand side by side, their ranks added, with the weight in b.
 
 The head is that of the first term, or of ``@head=``; terms that bring a head of other labels are refused without it,
-because their answers would go by the wrong names. *Not covered:* sums of other kinds.
+because their answers would go by the wrong names. *Not covered:* scales and reflections multiply, and a sum of two is
+no map of their kind.
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ def combine(text: str, expression: Sum, loaded: Mapping[str, Loaded], digest: st
         elif kind in PREFIXES:
             kinds[kind] = _add(text, PREFIXES[kind], own)
         else:
-            raise AdapterMismatchError(f"{text}: {kind} adapters cannot be summed.", hint="Merge them, or use one.")
+            raise AdapterMismatchError(
+                f"{text}: {kind} adapters multiply what passes through a layer, and a sum of them is none of them.",
+                hint="Use one of them, or merge them: `ssh-deploy merge` adds up their changes of the weights.",
+            )
     verified = [term.verified for _, term in terms]
     return Loaded(
         kinds=kinds,

@@ -10,6 +10,9 @@ LOWERINGS = {
     "hartley": "ssh_deploy.graph.lowering.spectral",
     "cosine": "ssh_deploy.graph.lowering.spectral",
     "lowrank": "ssh_deploy.graph.lowering.lowrank",
+    "sparse": "ssh_deploy.graph.lowering.sparse",
+    "diagonal": "ssh_deploy.graph.lowering.sided",
+    "reflection": "ssh_deploy.graph.lowering.sided",
     "head": "ssh_deploy.graph.lowering.head",
 }
 

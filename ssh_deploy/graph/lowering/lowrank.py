@@ -40,6 +40,7 @@ class LowRankBank:
     gate: ir.Value
     batch: ir.Value
     pairs: Sequence[ir.Value]
+    kind: str = "lowrank"
 
 
 def prepare(
