@@ -98,11 +98,7 @@ def answer_texts(
     tell = progress or silent
     if not texts:
         raise DeploymentError("There is no text to answer.", hint="Give --text TEXT, or lines with --stdin.")
-    if len(adapters) not in (0, 1, len(texts)):
-        raise DeploymentError(
-            f"{len(adapters)} adapters for {len(texts)} texts.", hint="Give one for all, or one for each text in order."
-        )
-    names = list(adapters) if len(adapters) == len(texts) else list(adapters or [None]) * len(texts)
+    names = spread(adapters, len(texts))
     begun = time.perf_counter()
     with Deployment.open(folder, threads=threads, memory=memory, max_coefficients=max_coefficients) as deployment:
         for name, path in loads:
@@ -115,6 +111,19 @@ def answer_texts(
             tell("answering", len(values), len(texts))
     answers = tuple(Answer(*row) for row in zip(texts, names, values, strict=True))
     return RunReport(Path(folder), answers, opened - begun, time.perf_counter() - opened)
+
+
+def spread(adapters: Sequence[str | None], texts: int) -> list[str | None]:
+    """``adapters`` as one name (None: the base) for each of ``texts``: none, one for all, or one each.
+
+    Raises:
+        DeploymentError: another number of them.
+    """
+    if len(adapters) not in (0, 1, texts):
+        raise DeploymentError(
+            f"{len(adapters)} adapters for {texts} texts.", hint="Give one for all, or one for each text in order."
+        )
+    return list(adapters) if len(adapters) == texts else list(adapters or [None]) * texts
 
 
 def measure_fit(folder: str | Path, *, memory: int | str, max_coefficients: int | None = None) -> HowManyFit:

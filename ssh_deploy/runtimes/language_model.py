@@ -4,8 +4,9 @@ The graph's names are the field's (optimum, onnxruntime-genai): ``input_ids`` [b
 [batch, past + tokens], ``position_ids`` [batch, tokens] where the model has them, ``past_key_values.{i}.key|value``
 [batch, kv_heads, past, head_dim]; ``logits`` [batch, tokens, vocabulary] and ``present.{i}.key|value``.
 
-Logits come for every token of a prompt and only the last is wanted, so prompts are read in chunks whose logits take
-at most 64 MiB; the weights are read once more for each further chunk.
+Of a prompt only the last token's logits are wanted. A graph with ``logits_at`` [batch, 1] is told so; others give
+all, so prompts are read in chunks whose logits take at most 64 MiB. In any case a chunk has at most 2,048 tokens over
+all rows, which bounds what attention takes; the weights are read once more for each further chunk.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ssh_deploy.runtimes.session import Session, ort_value
 
 LOGITS, IDS, MASK, POSITIONS = "logits", "input_ids", "attention_mask", "position_ids"
 _MOST_LOGITS = 64 << 20  # bytes
+_MOST_TOKENS = 2048
 
 
 class LanguageModel:
@@ -40,7 +42,7 @@ class LanguageModel:
         """
         self._session, self._decoder = session, decoder
         sides = (decoder.kv_heads, decoder.head_dim)
-        strange = sorted(set(session.inputs) - {IDS, MASK, POSITIONS, *decoder.past})
+        strange = sorted(set(session.inputs) - {IDS, MASK, POSITIONS, *decoder.past, decoder.logits_at})
         lacks = sorted({IDS, MASK, *decoder.past} - set(session.inputs))
         lacks += sorted({LOGITS, *decoder.present} - set(session.outputs))
         if strange or lacks or any(session.inputs[name].shape[1::2] != sides for name in decoder.past):
@@ -70,30 +72,43 @@ class LanguageModel:
         last = longest - 1 - mask[:, ::-1].argmax(axis=1)
         cache = Cache(tuple(ort_value(array) for array in self._nothing(rows)), mask[:, :0])
         answer = np.empty((rows, self.vocabulary), np.float32)
-        step = max(1, _MOST_LOGITS // (4 * rows * self.vocabulary))
+        step = _MOST_TOKENS // rows
+        if self._decoder.logits_at is None:
+            step = min(step, _MOST_LOGITS // (4 * rows * self.vocabulary))
+        step = max(step, 1)
         for start in range(0, longest, step):
             chunk = slice(start, min(start + step, longest))
-            logits, cache = self._run(ids[:, chunk], mask[:, chunk], cache, lent)
-            ends = np.flatnonzero((last >= chunk.start) & (last < chunk.stop))
-            answer[ends] = logits[ends, last[ends] - start]
+            at = np.clip(last - start, 0, chunk.stop - start - 1)  # of rows that do not end here, any will do
+            logits, cache = self._run(ids[:, chunk], mask[:, chunk], cache, lent, at=at)
+            ends = (last >= chunk.start) & (last < chunk.stop)
+            answer[ends] = logits[ends]
         return answer, cache
 
     def step(self, tokens: Sequence[int], cache: Cache, lent: Mapping[str, Any]) -> tuple[NDArray[np.float32], Cache]:
         """Read one more token of each row; returns logits [rows, vocabulary] and the cache with them."""
         ids = np.array(tokens, np.int64)[:, None]
-        logits, cache = self._run(ids, np.ones(ids.shape, np.bool_), cache, lent)
-        return logits[:, 0], cache
+        return self._run(ids, np.ones(ids.shape, np.bool_), cache, lent, at=np.zeros(len(ids), np.int64))
 
     def _run(
-        self, ids: NDArray[np.int64], own: NDArray[np.bool_], cache: Cache, lent: Mapping[str, Any]
+        self,
+        ids: NDArray[np.int64],
+        own: NDArray[np.bool_],
+        cache: Cache,
+        lent: Mapping[str, Any],
+        *,
+        at: NDArray[np.int64],
     ) -> tuple[NDArray[np.float32], Cache]:
+        """Read ``ids`` [rows, tokens], where ``own`` is no padding; logits [rows, vocabulary] of the tokens ``at``."""
         mask = np.concatenate([cache.mask, own], axis=1)
         feeds: dict[str, Any] = {IDS: ids, MASK: mask.astype(np.int64)}
         if POSITIONS in self._session.inputs:
             feeds[POSITIONS] = np.maximum(cache.lengths[:, None] + own.cumsum(axis=1) - 1, 0)
+        if self._decoder.logits_at is not None and ids.shape[1] > 1:
+            feeds[self._decoder.logits_at] = at[:, None]
         feeds |= zip(self._decoder.past, cache.values, strict=True)
         answers, present = self._session.run_kept(feeds | dict(lent), [LOGITS], kept=self._decoder.present)
-        return answers[LOGITS], Cache(tuple(present), mask)
+        logits = answers[LOGITS]
+        return logits[np.arange(len(ids)), at if logits.shape[1] == ids.shape[1] else 0], Cache(tuple(present), mask)
 
     def _nothing(self, rows: int) -> list[NDArray[Any]]:
         """A past of no tokens for each input of it."""

@@ -97,21 +97,31 @@ def test_who_joins_and_leaves_in_the_middle_changes_nobody(deployment, alone, si
     assert not any(content.users for content in deployment._residents._contents.values())
 
 
-def test_long_prompts_are_read_in_chunks(deployment, alone, monkeypatch):
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("chosen", [True, False])
+def test_long_prompts_are_read_in_chunks(decoder, alone, tmp_path, monkeypatch, side, chosen):
+    """Three tokens of four rows at a time; logits of the last token only, or of all where a graph knows no other."""
     want = [alone(prompt, "red", max_new_tokens=12) for prompt in PROMPTS]
-    runs = []
+    out = tmp_path / "out"
+    shutil.copytree(decoder[2], out)
+    fields = json.loads((out / "deployment.json").read_text())
+    assert fields["decoder"]["logits_at"]
+    fields["decoder"]["logits_at"] = fields["decoder"]["logits_at"] if chosen else None
+    (out / "deployment.json").write_text(json.dumps(fields))
+    shapes = []
     run = Session.run_kept
-    monkeypatch.setattr(
-        Session, "run_kept", lambda self, feeds, *a, **k: runs.append(feeds) or run(self, feeds, *a, **k)
-    )
-    monkeypatch.setattr(language_model, "_MOST_LOGITS", 4 * 4 * VOCABULARY * 3)
-    for side in ("left", "right"):
-        runs.clear()
-        with deployment.generator(padding=side) as generator:
-            assert tokens([generator.submit(p, "red", max_new_tokens=12) for p in PROMPTS]) == want
-        sides = [feeds["input_ids"].shape for feeds in runs]
-        assert sides[:3] == [(4, 3)] * 3
-        assert max(n for _, n in sides) == 3
+
+    def watch(self, feeds, *arguments, **options):
+        answer = run(self, feeds, *arguments, **options)
+        shapes.append((feeds["input_ids"].shape, answer[0]["logits"].shape[1]))
+        return answer
+
+    monkeypatch.setattr(Session, "run_kept", watch)
+    limit = {"_MOST_TOKENS": 12} if chosen else {"_MOST_LOGITS": 4 * 4 * VOCABULARY * 3}
+    monkeypatch.setattr(language_model, *next(iter(limit.items())))
+    with Deployment.open(out, threads=1) as own, own.generator(padding=side) as generator:
+        assert tokens([generator.submit(p, "red", max_new_tokens=12) for p in PROMPTS]) == want
+    assert shapes[:3] == [((4, 3), 1 if chosen else 3)] * 3
 
 
 def test_the_cache_is_passed_on_and_not_copied(deployment, monkeypatch):

@@ -30,6 +30,14 @@ except SystemExit as done:
     assert done.code == 0, done.code
 assert not {"torch", "transformers", "onnx"} & set(sys.modules)
 """
+GENERATE = """
+import json, sys
+from ssh_deploy import Deployment
+with Deployment.open(sys.argv[1], threads=1) as deployment:
+    answers = deployment.generate(["the quick", "who"], ["red", None], chat=True, max_new_tokens=3)
+heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "peft", "sympy", "matplotlib"}
+print(json.dumps({"tokens": [len(a.tokens) for a in answers], "heavy": sorted(heavy & set(sys.modules))}))
+"""
 MISSING = """
 import sys
 sys.modules["onnxruntime"] = None
@@ -64,6 +72,10 @@ def test_open_load_and_predict_import_nothing_heavy(tmp_path, folder):
 
 def test_the_command_imports_nothing_heavy(folder):
     assert json.loads(fresh(RUN, folder))["answers"][0]["label"] == "yes"
+
+
+def test_generation_imports_nothing_heavy(decoder):
+    assert json.loads(fresh(GENERATE, decoder[2])) == {"tokens": [3, 3], "heavy": []}
 
 
 def test_without_onnxruntime_both_extras_are_named(folder):
