@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import TASKS, Adapter
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.fitting import fit
 from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, write_folder
-from ssh_deploy.adapters.projecting import Change
 from ssh_deploy.adapters.reading import read_adapter
-from ssh_deploy.checkpoints.index import Checkpoint, open_checkpoint
-from ssh_deploy.checkpoints.orientation import site_weight
-from ssh_deploy.deltas.base import Delta
-from ssh_deploy.deltas.formula import RelativeDelta
+from ssh_deploy.checkpoints.index import open_checkpoint
 from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, OutputError
-from ssh_deploy.jobs.recasting import KINDS, Recast, Share, energy_kept, recast, settings_of, table
+from ssh_deploy.jobs.recasting import KINDS, Base, Recast, Share, energy_kept, recast_adapter, table
 from ssh_deploy.registry import get_family
 
 FORMS = ("file", "peft", *KINDS, "onnx-adapter")
@@ -114,13 +109,13 @@ def convert_adapter(
     _check_options(form, folder, {k: v for k, v in amount.items() if v is not None})
     if form == "onnx-adapter":
         return _lay_out(source, out, Path(str(folder)))
-    adapter, checkpoint, places = _read(source, base)
+    adapter, fitted = _read(source, base)
     adapter = _described(adapter, base_name, task, labels)
     before, unit, notes = _bytes(adapter.source), "", list[str]()
     shares: tuple[Share, ...] = ()
     if form in KINDS:
         target = Recast(form, **{k: v for k, v in amount.items() if v is not None})
-        adapter, shares = recast_adapter(adapter, target, weight_of=_weights(checkpoint, places))
+        adapter, shares = recast_adapter(adapter, target, base=fitted)
         unit = target.unit
         notes += _larger(shares, target)
     whole = form == "file" or (form != "peft" and out.suffix == ".safetensors")
@@ -147,44 +142,6 @@ def convert_adapter(
         shares=shares,
         unit=unit,
     )
-
-
-def recast_adapter(
-    adapter: Adapter, target: Recast, *, weight_of: Callable[[str], NDArray[Any]] | None = None
-) -> tuple[Adapter, tuple[Share, ...]]:
-    """``adapter`` as another kind, and what each of its matrices keeps; heads and descriptions come along.
-
-    Args:
-        adapter: of any family.
-        target: kind and amount.
-        weight_of: the base's weight [out, in] by the adapter's module path; None: no base is at hand.
-
-    Raises:
-        AdapterMismatchError: too little is kept, or a change depends on a weight that is not at hand.
-    """
-    get_family(target.kind)  # said before the work where its plugin is missing
-
-    def changes() -> Iterator[tuple[str, Change]]:
-        for module, delta in adapter.deltas.items():
-            yield module, _alone(f"{adapter.source}: {module}", module, delta, weight_of)
-
-    deltas, shares = recast(changes(), target, where=str(adapter.source))
-    return replace(adapter, family=target.kind, deltas=deltas, settings=settings_of(target, shares)), shares
-
-
-def _alone(where: str, module: str, delta: Delta, weight_of: Callable[[str], NDArray[Any]] | None) -> Change:
-    """``delta``, or the numbers of one that depends on its weight."""
-    if not isinstance(delta, RelativeDelta):
-        return delta
-    if weight_of is None:
-        raise AdapterMismatchError(
-            f"{where}: its change depends on the weight it changes ({delta.kind}).",
-            hint="Give the base (--base BASE).",
-        )
-    import torch
-
-    numbers: NDArray[Any] = delta.change(torch.from_numpy(weight_of(module).astype(np.float64))).numpy()
-    return numbers
 
 
 def _check_options(form: str | None, folder: str | Path | None, amount: dict[str, Any]) -> None:
@@ -238,10 +195,10 @@ def _larger(shares: Sequence[Share], target: Recast) -> list[str]:
     return [f"{found}; --rank R or --energy E makes them smaller."]
 
 
-def _read(source: Path, base: str | Path | None) -> tuple[Adapter, Checkpoint | None, dict[str, str]]:
-    """The adapter; its base and the places of its modules there, where one is given."""
+def _read(source: Path, base: str | Path | None) -> tuple[Adapter, Base | None]:
+    """The adapter, and its base where one is given."""
     if base is None:
-        return read_adapter(source), None, {}
+        return read_adapter(source), None
     checkpoint = open_checkpoint(base)
     fitted = fit(source, checkpoint)
     adapter = fitted.adapter
@@ -251,13 +208,7 @@ def _read(source: Path, base: str | Path | None) -> tuple[Adapter, Checkpoint | 
     )
     own = Path(known).name if Path(known).is_absolute() else known
     adapter = replace(adapter, fingerprint=adapter.fingerprint or fitted.fingerprint, base=adapter.base or own)
-    return adapter, checkpoint, dict(fitted.places)
-
-
-def _weights(checkpoint: Checkpoint | None, places: dict[str, str]) -> Callable[[str], NDArray[Any]] | None:
-    if checkpoint is None:
-        return None
-    return lambda module: site_weight(checkpoint, places[module])
+    return adapter, Base(checkpoint, fitted.places)
 
 
 def _described(adapter: Adapter, base: str | None, task: str | None, labels: Sequence[str] | None) -> Adapter:

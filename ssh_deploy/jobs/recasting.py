@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.projecting import Change, Kept, as_spectra, keep_strongest
+from ssh_deploy.checkpoints.index import Checkpoint
+from ssh_deploy.checkpoints.orientation import site_weight
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.factoring import factor
+from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError
+from ssh_deploy.registry import get_family
 
 #: Coefficients per matrix that the papers use (math.md), where nothing else is asked for.
 COEFFICIENTS = {"ssh": 750, "sdctft": 700}
@@ -111,6 +119,64 @@ def recast(
     return dict(deltas), tuple(shares)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Base:
+    """The base of an adapter, and where its modules are there (by the adapter's own paths)."""
+
+    checkpoint: Checkpoint
+    places: Mapping[str, str]
+
+    def weight(self, module: str) -> NDArray[Any]:
+        """The weight [out, in] of ``module``, float64."""
+        return site_weight(self.checkpoint, self.places[module]).astype(np.float64)
+
+    def has_bias(self, module: str) -> bool:
+        """Whether ``module`` has one."""
+        return f"{self.places[module]}.bias" in self.checkpoint.places
+
+
+def recast_adapter(adapter: Adapter, target: Recast, *, base: Base | None = None) -> tuple[Adapter, tuple[Share, ...]]:
+    """``adapter`` as another kind, and what each of its matrices keeps; heads and descriptions come along.
+
+    Args:
+        adapter: of any family.
+        target: kind and amount.
+        base: for changes that depend on the weight; None: it is not at hand.
+
+    Raises:
+        AdapterMismatchError: too little is kept, a change depends on a weight that is not at hand, or changes a bias.
+    """
+    get_family(target.kind)  # said before the work where its plugin is missing
+
+    def changes() -> Iterator[tuple[str, Change]]:
+        for module, delta in adapter.deltas.items():
+            yield module, _alone(f"{adapter.source}: {module}", module, delta, base)
+
+    deltas, shares = recast(changes(), target, where=str(adapter.source))
+    return replace(adapter, family=target.kind, deltas=deltas, settings=settings_of(target, shares)), shares
+
+
+def _alone(where: str, module: str, delta: Delta, base: Base | None) -> Change:
+    """``delta``, or the numbers of one that depends on its weight."""
+    if not isinstance(delta, RelativeDelta):
+        return delta
+    if base is None:
+        raise AdapterMismatchError(
+            f"{where}: its change depends on the weight it changes ({delta.kind}).",
+            hint="Give the base (--base BASE).",
+        )
+    shift = delta.bias_change(None)
+    if shift is not None and (base.has_bias(module) or np.any(shift)):
+        raise AdapterMismatchError(
+            f"{where}: it changes the bias too ({delta.kind}), and spectra and LoRA change weights alone.",
+            hint="Merge it: `ssh-deploy merge` takes biases along.",
+        )
+    import torch
+
+    numbers: NDArray[Any] = delta.change(torch.from_numpy(base.weight(module))).numpy()
+    return numbers
+
+
 def check_energy(shares: Iterable[Share], target: Recast, *, where: str) -> None:
     """Refuse to keep less than ``target.min_energy``.
 
@@ -121,7 +187,7 @@ def check_energy(shares: Iterable[Share], target: Recast, *, where: str) -> None
     if kept < target.min_energy:
         floored = floor(kept * 1000) / 1000
         raise AdapterMismatchError(
-            f"{where}: {target.kind} would keep only {kept:.1%} of ΔW's energy, and {target.min_energy:.0%} must be kept.",
+            f"{where}: {target.kind} would keep {kept:.1%} of ΔW's energy, and {target.min_energy:.0%} must be kept.",
             hint=f"--energy {target.min_energy:g} takes as much as that needs; --min-energy {floored:.3f} takes this.",
         )
 

@@ -135,6 +135,17 @@ def test_a_change_that_reads_the_weight_needs_the_base(pico, tmp_path):
         torch.testing.assert_close(delta.dense(), want, rtol=0, atol=1e-5)
 
 
+def test_a_change_of_biases_is_not_dropped_in_silence(pico, tmp_path):
+    import peft
+    from transformers import AutoModel
+
+    config = peft.IA3Config(target_modules=["key"], feedforward_modules=[])
+    peft.get_peft_model(AutoModel.from_pretrained(pico("bert")), config).save_pretrained(tmp_path / "ia3")
+    done = run("convert", tmp_path / "ia3", "-o", tmp_path / "a.safetensors", "--to", "ssh", "--base", pico("bert"))
+    assert done.exit_code == 1
+    assert "changes the bias too" in done.output
+
+
 def test_rows_for_one_graph_answer_as_the_adapter_does(exported, tmp_path):
     _, files, folder = exported("bert")
     made = tmp_path / "headed.onnx_adapter"

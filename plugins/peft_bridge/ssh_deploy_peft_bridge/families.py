@@ -31,8 +31,8 @@ class Bridged:
     """A PEFT type read through PEFT's own layer.
 
     Attributes:
-        name, peft_type, slots: see `Family`. ``lowrank``: its change is a product of two thin matrices whatever the
-            weight is, and becomes one when it is read.
+        name, peft_type: see `Family`.
+        slots: ``lowrank`` where its change is a product of two thin matrices; it becomes one when it is read.
         prefix: that the names of its tensors begin with.
         needs: fields of the config that its formula reads; PEFT would take its own defaults for missing ones.
         alone: its change is the same for every weight.
@@ -65,6 +65,7 @@ class Bridged:
             widest = max(out for out, _ in shapes.values()), max(inn for _, inn in shapes.values())
         if self.peft_type == "TINYLORA":
             modules, shared = tinylora_vectors(files, modules, shared), {}
+        alone = self.alone and files.config.get("init_weights") != "bat"  # MiSS's variant that multiplies the weight
         deltas = {}
         for path, tensors in modules.items():
             for name, tensor in {**tensors, **shared}.items():
@@ -76,11 +77,11 @@ class Bridged:
             where = f"{files.folder}: {path}"
             module = OneModule(where, path, files.config, {**tensors, **shared}, shapes[path], widest, biased)
             trained = [t for n, t in tensors.items() if t.dtype.kind not in "iu" and not _FROZEN.search(n)]
-            deltas[path] = self._delta(module, sum(int(t.size) for t in trained))
+            deltas[path] = self._delta(module, sum(int(t.size) for t in trained), alone=alone)
         return adapter_of(files, self.name, deltas, rest, self._settings(files))
 
-    def _delta(self, module: OneModule, trained: int) -> Delta:
-        if not self.alone:
+    def _delta(self, module: OneModule, trained: int, *, alone: bool) -> Delta:
+        if not alone:
             if not self.decomposes:
                 module.merged()  # refused now, not in the middle of a merge
             return LayerChange(module, trained)
@@ -163,7 +164,7 @@ FROD = Bridged("frod", "FROD", "frod_", decomposes=True, saved=("save_projection
 GLORA = Bridged("glora", "GLORA", "glora_", ("r", "config_A_B", "config_C", "config_D_E"))
 GRALORA = Bridged("gralora", "GRALORA", "gralora_", ("r", "alpha", "gralora_k"), _LOWRANK, alone=True)
 HIRA = Bridged("hira", "HIRA", "hira_", ("r",))
-MISS = Bridged("miss", "MISS", "miss_", ("r", "mini_r", "init_weights"))
+MISS = Bridged("miss", "MISS", "miss_", ("r", "mini_r", "init_weights"), _LOWRANK, alone=True)
 OFT = Bridged("oft", "OFT", "oft_", ("oft_block_size", "use_cayley_neumann", "num_cayley_neumann_terms"))
 OSF = Bridged("osf", "OSF", "osf_", decomposes=True)
 PEANUT = Bridged("peanut", "PEANUT", "peanut_", ("r", "depth", "act_fn", "scaling"))
