@@ -8,6 +8,7 @@ from ssh_deploy.cli.main import CommandTable
 
 BENCHES: dict[str, tuple[str, str]] = {
     "bank": ("ssh_deploy.cli.bench_bank", "A bank of adapters beside the plain model and LoRA."),
+    "decode": ("ssh_deploy.cli.bench_decode", "A language model with adapters, token by token."),
     "soak": ("ssh_deploy.cli.bench_soak", "Many threads on one deployment, every answer checked."),
 }
 

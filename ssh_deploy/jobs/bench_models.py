@@ -63,7 +63,7 @@ def build_models(work: Path, shape: str, *, ranks: Sequence[int] = (8, 16), prog
     models = Models(shape, root / "plain" / PLAIN, root / "slots", lora)
     if root.is_dir():
         return models
-    _make(work)
+    make_folder(work)
     with whole_folder(root, need=4 * _bytes(shape) * (2 + len(lora))) as folder:
         checkpoint = folder / "checkpoint"
         _write_checkpoint(checkpoint, shape)
@@ -92,7 +92,7 @@ def adapter_files(work: Path, folder: Folder, count: int, *, progress: Progress 
     Each holds `COEFFICIENTS` float16 values a site (fewer where a weight has fewer places) and the base's fingerprint.
     """
     place = work / f"adapters-{folder.sites[0].inn}-{len(folder.sites)}"
-    _make(place)
+    make_folder(place)
     paths = [place / f"a{i:05d}.safetensors" for i in range(count)]
     for i, path in enumerate(paths):
         if not path.exists():
@@ -138,7 +138,12 @@ def lora_arrays(shape: str, rank: int, form: str, *, seed: int = 0) -> dict[str,
     return arrays
 
 
-def _make(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` where it is not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

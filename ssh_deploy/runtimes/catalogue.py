@@ -203,12 +203,8 @@ class Catalogue:
             UnknownNameError: no such adapter, one that was unloaded, or no name at all.
         """
         with self._changed:
-            known = self._entries.get(name)
-            for one in parse_sum(name).names if known is None and is_sum(name) else (name,):
-                entry = self._entries.get(one)
-                if entry is None and (check_name(one) not in self._folder.adapters or one in self.unloaded):
-                    raise self.absent(one)
-                if entry is not None and entry.leaving:
+            for one in parse_sum(name).names if name not in self._entries and is_sum(name) else (name,):
+                if one not in self._entries and (check_name(one) not in self._folder.adapters or one in self.unloaded):
                     raise self.absent(one)
 
     def close(self) -> None:

@@ -107,6 +107,7 @@ class Generator:
         sampling: Sampling | None = None,
         stop: Sequence[str] = (),
         stop_tokens: Collection[int] = (),
+        ignore_eos: bool = False,
     ) -> Stream:
         """Put a request in line; it joins the batch at the next step that has room.
 
@@ -118,6 +119,7 @@ class Generator:
             sampling: None takes the best token each time.
             stop: strings that end the answer and are not part of it.
             stop_tokens: tokens that do, besides those of the model.
+            ignore_eos: go on after the model's own, as when lengths must be equal.
 
         Raises:
             UnknownNameError: no such adapter.
@@ -146,7 +148,7 @@ class Generator:
         if not sampling.greedy and sampling.seed is None:  # so that the answer says how to get it again
             sampling = replace(sampling, seed=secrets.randbits(32))
         room = max_new_tokens if context is None else min(max_new_tokens, context - len(tokens))
-        stops = frozenset({*self._decoder.eos, *stop_tokens})
+        stops = frozenset({*(() if ignore_eos else self._decoder.eos), *stop_tokens})
         request = Request(tokens, adapter, sampling, room, tuple(stop), stops)
         stream = Stream(request, Pieces(self._prompts.decode, prompt=tokens, stop=request.stop), self)
         self._waiting.append(stream)

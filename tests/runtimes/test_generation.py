@@ -164,6 +164,13 @@ def test_the_end_token_is_a_token_without_text(deployment, decoder):
     assert "</s>" not in answer.text
 
 
+def test_the_end_token_can_be_ignored(deployment):
+    ends = deployment.generate([PROMPTS[1]], "blue", max_new_tokens=30)[0]
+    goes_on = deployment.generate([PROMPTS[1]], "blue", max_new_tokens=30, ignore_eos=True)[0]
+    assert goes_on.tokens[: len(ends.tokens)] == ends.tokens
+    assert (len(goes_on.tokens), goes_on.finish) == (30, "length")
+
+
 def test_stop_strings_end_where_they_stand(deployment):
     whole = deployment.generate([PROMPTS[0]], "green", max_new_tokens=30)[0]
     for begin in range(2, 10):
