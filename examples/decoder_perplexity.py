@@ -2,7 +2,7 @@
 
     python examples/decoder_perplexity.py OUT                          every adapter of the folder that has test pairs
     python examples/decoder_perplexity.py OUT-F32 OUT-INT8 OUT-INT4    and what share of the first folder's gain is left
-    python examples/decoder_perplexity.py OUT --adapter mine --pairs chatterbot
+    python examples/decoder_perplexity.py OUT --adapter mine=mine.safetensors --pairs chatterbot
 
 An adapter's gain is log(perplexity of the base / perplexity with the adapter), both on the folder's own base, quantised
 or not: the mean number of nats that it saves per token of an answer. Nothing here imports torch.
@@ -82,22 +82,36 @@ def batch(deployment: Deployment, rows: Sequence[Sequence[int]]) -> dict[str, ND
     return feeds
 
 
-def measure(folder: Path, wanted: dict[str, str], limit: int | None, threads: int | None) -> dict[str, Any]:
-    """Perplexities and gain of each adapter, by name; ``wanted``: name to the pairs it is measured on."""
-    results = {}
-    with Deployment.open(folder, threads=threads) as deployment:
-        for adapter, pairs in wanted.items():
-            rows = encoded(deployment, load_conversations(pairs).test[:limit])
-            base, on = (float(losses(deployment, rows, name).mean()) for name in (None, adapter))
-            results[adapter] = {"pairs": pairs, "base": math.exp(base), "adapter": math.exp(on), "gain": base - on}
-    return results
+def measure(deployment: Deployment, adapter: str, pairs: str, limit: int | None) -> dict[str, Any]:
+    """Perplexity of the first ``limit`` test pairs without and with ``adapter``, and its gain."""
+    rows = encoded(deployment, load_conversations(pairs).test[:limit])
+    base, on = (float(losses(deployment, rows, name).mean()) for name in (None, adapter))
+    return {"pairs": pairs, "base": math.exp(base), "adapter": math.exp(on), "gain": base - on}
+
+
+def chosen(deployment: Deployment, wanted: Sequence[str] | None, pairs: str | None) -> dict[str, str]:
+    """Adapters to measure, loaded where a file is named, and the pairs that each is measured on."""
+    for given in wanted or ():
+        name, _, file = given.partition("=")
+        if file:
+            deployment.load(name, file)
+    if wanted is None:
+        names = [name for name in deployment.adapters if pairs or name in NAMES]
+    else:
+        names = [given.partition("=")[0] for given in wanted]
+    if not names:
+        sys.exit(f"{deployment.folder.root} holds no adapter to measure: name one with --adapter.")
+    for name in names:
+        if not pairs and name not in NAMES:
+            sys.exit(f"No test pairs go by the name of {name}: choose some with --pairs {'|'.join(NAMES)}.")
+    return {name: pairs or name for name in names}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="from `ssh-deploy export --onnx`")
-    parser.add_argument("--adapter", action="append", help="only this one (may be repeated)")
+    parser.add_argument("--adapter", action="append", metavar="NAME[=FILE]", help="only this one (may be repeated)")
     parser.add_argument("--pairs", choices=NAMES, help="measure on these (default: those of the adapter's name)")
     parser.add_argument("--limit", type=int, help="only so many pairs (default: all)")
     parser.add_argument("--threads", type=int, help="of one operator (default: ONNX Runtime's choice)")
@@ -110,20 +124,16 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     results: dict[str, dict[str, Any]] = {}
     for folder in given.folders:
-        with Deployment.open(folder) as deployment:
-            stored = given.adapter or [n for n in deployment.adapters if given.pairs or n in NAMES]
-        if unknown := [name for name in stored if not (given.pairs or name in NAMES)]:
-            sys.exit(f"No test pairs go by the name of {unknown[0]}: choose some with --pairs {'|'.join(NAMES)}.")
-        results[str(folder)] = measure(
-            folder, {name: given.pairs or name for name in stored}, given.limit, given.threads
-        )
-        for name, one in results[str(folder)].items():
-            first = next(iter(results.values())).get(name)
-            one["share"] = one["gain"] / first["gain"] if first else None
-            if not given.json:
-                share = "" if one["share"] is None else f", {one['share']:.1%} of the first folder's"
-                gain = f"gain {one['gain']:.4f} nats per token{share}"
-                print(f"{folder} {name}: base {one['base']:.3f}, adapter {one['adapter']:.3f}, {gain}", flush=True)
+        mine = results[str(folder)] = {}
+        with Deployment.open(folder, threads=given.threads) as deployment:
+            for name, pairs in chosen(deployment, given.adapter, given.pairs).items():
+                one = mine[name] = measure(deployment, name, pairs, given.limit)
+                first = results[str(given.folders[0])].get(name)
+                one["share"] = one["gain"] / first["gain"] if first else None
+                if not given.json:
+                    share = "" if first is None else f", {one['share']:.1%} of the first folder's"
+                    gain = f"gain {one['gain']:.4f} nats per token{share}"
+                    print(f"{folder} {name}: base {one['base']:.3f}, adapter {one['adapter']:.3f}, {gain}", flush=True)
     if given.json:
         print(json.dumps(results, indent=1))
 

@@ -49,10 +49,10 @@ class Recipe:
         return f"{self.method}-rate{self.rate:g}-decay{self.decay:g}-beta{self.beta2:g}{spectrum}-epochs{self.epochs}"
 
 
-def base_model() -> Any:
-    """SmolLM2-135M-Instruct, float32."""
+def base_model(folder: Path | None = None) -> Any:
+    """SmolLM2-135M-Instruct, float32; or what ``folder`` holds."""
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    return transformers.AutoModelForCausalLM.from_pretrained(smollm2_folder(), dtype=torch.float32)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder or smollm2_folder(), dtype=torch.float32)
 
 
 def adapted_model(recipe: Recipe, seed: int) -> Any:

@@ -76,6 +76,20 @@ def test_prints_gain_and_what_share_of_the_first_is_left(script, decoder, capsys
     assert "red: base" in capsys.readouterr().out
 
 
+def test_an_adapter_from_a_file_and_by_the_name_of_its_pairs(script, decoder, capsys):
+    _, files, out = decoder
+    script.main([str(out), "--adapter", f"pirate={files['red']}", "--limit", "2", "--json"])
+    one = json.loads(capsys.readouterr().out)[str(out)]["pirate"]
+    script.main([str(out), "--adapter", "red", "--pairs", "pirate", "--limit", "2", "--json"])
+    assert one == json.loads(capsys.readouterr().out)[str(out)]["red"]
+    assert one["adapter"] != one["base"]
+
+
+def test_a_folder_without_such_adapters(script, decoder):
+    with pytest.raises(SystemExit, match="no adapter to measure"):
+        script.main([str(decoder[2])])
+
+
 def test_an_adapter_without_pairs_of_its_own(script, decoder):
     with pytest.raises(SystemExit, match="--pairs chatterbot"):
         script.main([str(decoder[2]), "--adapter", "red"])
