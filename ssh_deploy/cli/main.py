@@ -16,7 +16,8 @@ from ssh_deploy.errors import DeployError, near_misses
 # name: (module with `command`, one line of help). A literal table: listing help imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("ssh_deploy.cli.inspect", "Show what an adapter holds and whether it fits a base."),
-    "convert": ("ssh_deploy.cli.convert", "Turn a PEFT folder into a compact file, or back."),
+    "convert": ("ssh_deploy.cli.convert", "Turn an adapter into another form or another kind."),
+    "extract": ("ssh_deploy.cli.extract", "Make an adapter out of a fine-tuned checkpoint and its base."),
     "merge": ("ssh_deploy.cli.merge", "Merge adapters into a checkpoint, shard by shard."),
     "export": ("ssh_deploy.cli.export", "Export a base and its adapters to an ONNX folder."),
     "add": ("ssh_deploy.cli.add", "Add an adapter to an exported folder."),
