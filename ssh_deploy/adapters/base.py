@@ -76,7 +76,7 @@ class AdapterFiles:
 class Family(Protocol):
     """Reads one kind of adapter; stateless. Its name is written in files.
 
-    ``slots``: kinds of slots that its deltas fill (``hartley``, ``cosine``, ``lowrank``); none: it is merged only.
+    ``slots``: kinds of slots that its deltas fill (``hartley``, ``lowrank``, … of `graph.lowering`); none: merged only.
     """
 
     name: str

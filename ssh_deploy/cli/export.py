@@ -29,7 +29,7 @@ def _choice(name: str, *values: str, text: str) -> Callable[[F], F]:
 @click.option("--opset", type=int, default=20, show_default=True, help="Of ONNX.")
 @_choice("--adapter-inputs", "optional", "required", text="required: for bindings that drop optional inputs.")
 @click.option("--sites", multiple=True, help="Reserve slots: attention, linear or a glob of modules; repeatable.")
-@click.option("--kinds", default="", help="Reserve kinds of slots: hartley,cosine,lowrank,head.")
+@click.option("--kinds", default="", help="Reserve slots: hartley,cosine,lowrank,sparse,diagonal,reflection,head.")
 @click.option("--weight", "weights", multiple=True, type=float, help="Of each adapter, with --mode merged.")
 @click.option("--head", metavar="NAME|none", help="Whose head a merged graph has.")
 @click.option("--require-fingerprint", is_flag=True, help="Refuse adapters that do not say which base is theirs.")

@@ -185,7 +185,7 @@ def test_kinds_fill_rows_of_their_own():
         dense(found, "adapter_cosine_", "cosine"), -dense(b, "adapter_cosine_", "cosine"), rtol=1e-6
     )
     odd = replace(b, kinds={"reflection": {}})
-    with pytest.raises(AdapterMismatchError, match="reflection adapters cannot be summed"):
+    with pytest.raises(AdapterMismatchError, match="reflection adapters multiply what passes"):
         summed("a+b", a=a, b=odd)
 
 

@@ -76,7 +76,7 @@ class Ether:
     name: str
     peft_type: str
     relaxed: bool
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("reflection",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

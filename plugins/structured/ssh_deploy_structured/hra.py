@@ -23,7 +23,7 @@ class HRAFamily:
 
     name: str = "hra"
     peft_type: str = "HRA"
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("reflection",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

@@ -22,7 +22,7 @@ class IA3Family:
 
     name: str = "ia3"
     peft_type: str = "IA3"
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("diagonal",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

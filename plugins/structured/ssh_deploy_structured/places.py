@@ -24,7 +24,7 @@ class Sparse:
     values: str
     places: str
     ranked: bool
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("sparse",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

@@ -25,7 +25,7 @@ class ScaleShift:
 
     name: str = "ssf"
     peft_type: str = "SSF"
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("diagonal",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""
@@ -52,7 +52,7 @@ class Propulsion:
 
     name: str = "propulsion"
     peft_type: str = "PROPULSION"
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("diagonal",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

@@ -7,7 +7,8 @@ import pytest
 
 from ssh_deploy.adapters.peft_folder import read_folder, write_folder
 from ssh_deploy.deltas.formula import RelativeDelta
-from ssh_deploy.errors import AdapterFileError
+from ssh_deploy.errors import AdapterFileError, AdapterMismatchError
+from ssh_deploy.graph.bank_file import slot_kind
 from ssh_deploy.testing import FamilyContract, sparse_spectrum, write_peft_example
 
 SHAPES = {"encoder.0.q": (6, 10), "encoder.1.v": (8, 8)}
@@ -139,12 +140,22 @@ class TestBlocks(StructuredContract):
         return {"ether_R": u}, lambda w: w @ h - w
 
 
+def _no_slot(self, folder):
+    """In the place of the contract's test of slots."""
+    _, _, shapes, _ = self.example(np.random.default_rng(7))
+    for module, delta in read_folder(folder, shapes=shapes).deltas.items():
+        with pytest.raises(AdapterMismatchError, match="no slot can hold a memory-blocks delta: it changes a weight"):
+            slot_kind(module, delta)
+
+
 class TestBlocksOfTheReleasedCode(StructuredContract):
     family, config = "ether", {"blocks": "memory"}
 
     def parts(self, rng, shape):
         u = normal(rng, 2, shape[1] // 2)
         return {"ether_R": u}, lambda w: released([householder(row.astype(float)) for row in u], w) - w
+
+    test_its_slots_are_those_its_deltas_fill = _no_slot
 
     def test_it_is_not_the_block_diagonal(self, folder):
         _, _, shapes, want = self.example(np.random.default_rng(7))
@@ -184,6 +195,7 @@ class TestTwoSided(TestETHERPlus):
 
 class TestTwoSidedOfTheReleasedCode(TestTwoSided):
     config: ClassVar = {"blocks": "memory"}
+    test_its_slots_are_those_its_deltas_fill = _no_slot
 
     def parts(self, rng, shape):
         inner, outer = self.maps(rng, shape[1]), self.maps(rng, shape[0])

@@ -9,10 +9,10 @@
 
 A side that no adapter uses is 0 wide and costs an `If` a site. A narrower adapter in a wider bank is padded with zeros.
 
-**What runs.** On the side of the inputs the layer reads x + term (term: (l−1)·x, or Pᵀ(Q x)) where it read x; sites that
-share an activation read copies of their own then. On the side of the answers a term is added to the product before its
-bias, as every other kind does: (z−1)·(W x + b) + β, or Pᵀ(Q W x). Every row is a product of its own, so no row's bits
-depend on its neighbours.
+**What runs.** On the side of the inputs the layer reads x + term (term: (l−1)·x, or Pᵀ(Q x)) where it read x; sites
+that share an activation read copies of their own then. On the side of the answers a term is added to the product before
+its bias, as every other kind does: (z−1)·(W x + b) + β, or Pᵀ(Q W x). Every row is a product of its own, so no row's
+bits depend on its neighbours.
 
 **Never a wrong answer.** Ids beyond the bank are an error of Gather, as for low-rank products. These maps multiply: two
 of them are no sum, and `runtimes.sums` refuses one.
