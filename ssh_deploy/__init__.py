@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ssh_deploy.adapters.reading import read_adapter as read_adapter
     from ssh_deploy.errors import DeployError as DeployError
     from ssh_deploy.runtimes.deployment import Deployment as Deployment
+    from ssh_deploy.runtimes.sampling import Sampling as Sampling
 
 __version__ = "0.1.0"
 
@@ -21,10 +22,11 @@ _PUBLIC = {
     "Adapter": "ssh_deploy.adapters.base",
     "Deployment": "ssh_deploy.runtimes.deployment",
     "DeployError": "ssh_deploy.errors",
+    "Sampling": "ssh_deploy.runtimes.sampling",
     "read_adapter": "ssh_deploy.adapters.reading",
 }
 
-__all__ = ["Adapter", "DeployError", "Deployment", "__version__", "read_adapter"]
+__all__ = ["Adapter", "DeployError", "Deployment", "Sampling", "__version__", "read_adapter"]
 
 
 def __getattr__(name: str) -> Any:
