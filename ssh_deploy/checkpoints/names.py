@@ -48,7 +48,8 @@ def match_modules(
         listed = ", ".join(left[:5]) + (", …" if len(left) > 5 else "")
         raise AdapterMismatchError(
             f"{len(left)} of {len(wanted)} modules of the adapter match nothing in the base: {listed}.",
-            hint=f"{near_misses(left[0], there)} An adapter fits only the architecture it was trained on.",
+            hint=f"{_packed(left[0], there) or near_misses(left[0], there)} An adapter fits only the architecture it "
+            "was trained on.",
         )
     twice = [path for path, count in Counter(found.values()).items() if count > 1]
     if twice:
@@ -95,6 +96,27 @@ def _match(wanted: list[str], there: list[str], key: Callable[[str], str], found
             )
         if meant:
             found[module] = meant[0]
+
+
+#: Last names of weights that hold several in one, by what they hold; from transformers' models
+_PACKED = {
+    "query, key and value": (
+        {"q_proj", "k_proj", "v_proj", "query", "key", "value"},
+        {"c_attn", "qkv_proj", "query_key_value", "qkv", "Wqkv"},
+    ),
+    "gate and up": ({"gate_proj", "up_proj"}, {"gate_up_proj"}),
+}
+
+
+def _packed(module: str, there: list[str]) -> str:
+    """Sentence that says which weight of the base holds ``module``'s and others in one; "" where none does."""
+    for what, (parts, packs) in _PACKED.items():
+        if module.rpartition(".")[2] in parts:
+            layer = [part for part in module.split(".") if part.isdigit()]
+            for path in there:
+                if path.rpartition(".")[2] in packs and [part for part in path.split(".") if part.isdigit()] == layer:
+                    return f"The base holds {what} in one weight, {path}."
+    return ""
 
 
 def _infer(wanted: list[str], there: list[str]) -> str:

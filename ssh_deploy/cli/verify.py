@@ -23,11 +23,6 @@ def command(ctx: click.Context, base: str, adapter: str, target: str, texts: str
     rows = read_texts(Path(texts)) if texts is not None else []
     with progress_bar(as_json) as progress:
         verdict = verify_target(base, adapter, target, texts=rows, progress=progress)
-    word = "agrees" if verdict.ok else "DIFFERS"
-    line = (
-        f"{verdict.target} {word}: max abs diff {verdict.max_abs_diff:.2e} (allowed {verdict.tolerance:.2e}), "
-        f"agreement {verdict.agreement:.4f} over {verdict.rows} rows"
-    )
-    show(as_json, verdict.as_dict(), [line])
+    show(as_json, verdict.as_dict(), verdict.lines())
     if not verdict.ok:
         ctx.exit(1)

@@ -21,11 +21,15 @@ PARTS = ("key", "value")
 
 @dataclass(frozen=True, slots=True)
 class CacheShape:
-    """What every layer keeps of every token: two tensors [kv_heads, head_dim]."""
+    """What every layer keeps of every token: two tensors [kv_heads, head_dim].
+
+    ``window``: columns of the cache that a token sees at most in some layers, itself included; None where it sees all.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
+    window: int | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -45,27 +49,29 @@ def cache_shape(model: Any) -> CacheShape:
         model: a causal language model of transformers.
 
     Raises:
-        GraphError: it keeps no plain KV cache.
+        GraphError: it keeps no plain KV cache, or a token's answer depends on tokens behind it.
     """
     import torch
 
-    tokens = torch.zeros((1, 2), dtype=torch.int64)
+    tokens = torch.tensor([[0, 0], [0, 1]])
     name, hint = type(model).__name__, "Only decoders with one KV cache of keys and values can be exported."
     parameters = inspect.signature(model.forward).parameters
     if not {"past_key_values", "attention_mask"} <= set(parameters):
         raise GraphError(f"{name} takes no past_key_values.", hint=hint)
     cache = make_cache({})
     with torch.no_grad():
-        model(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, use_cache=True)
+        answer = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), past_key_values=cache, use_cache=True)
     shapes = {tuple(getattr(layer, f"{part}s").shape) for layer in cache.layers for part in PARTS if _filled(layer)}
     filled = [_filled(layer) for layer in cache.layers]
-    if not filled or not all(filled) or len(shapes) != 1 or [*next(iter(shapes))[::2]] != [1, 2]:
+    if not filled or not all(filled) or len(shapes) != 1 or [*next(iter(shapes))[::2]] != [2, 2]:
         raise GraphError(
             f"{name} keeps {sum(filled)} layers of shapes {sorted(shapes)} after two tokens, not one KV cache.",
             hint=hint,
         )
+    if not torch.allclose(*answer.logits[:, 0], atol=1e-4):
+        raise GraphError(f"{name} is not causal: its answer to a token depends on the next one.", hint=hint)
     _, kv_heads, _, head_dim = next(iter(shapes))
-    return CacheShape(len(filled), kv_heads, head_dim)
+    return CacheShape(len(filled), kv_heads, head_dim, _window(model.config))
 
 
 def make_cache(tensors: Mapping[str, Any]) -> Any:
@@ -112,6 +118,11 @@ def decoder_inputs(
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:].contiguous()
     sides = (batch, shape.kv_heads, past, shape.head_dim)
     return inputs | {name: torch.randn(sides, generator=made) for name in shape.inputs}
+
+
+def _window(config: Any) -> int | None:
+    size, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    return int(size) if size and (kinds is None or "sliding_attention" in kinds) else None
 
 
 def _filled(layer: Any) -> bool:

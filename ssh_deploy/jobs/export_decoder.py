@@ -42,6 +42,7 @@ def describe_decoder(checkpoint: Checkpoint, traced: Traced) -> dict[str, Any] |
         "past": list(cache.inputs),
         "present": list(cache.outputs),
         "logits_at": LOGITS_AT if any(value.name == LOGITS_AT for value in traced.graph.graph.inputs) else None,
+        "window": cache.window,
         "context": context,
         "bos": tokens.get("bos_token_id"),
         "eos": [] if eos is None else eos if isinstance(eos, list) else [eos],

@@ -147,6 +147,7 @@ def _check_options(options: ExportOptions, adapters: int) -> None:
 def _provenance(
     job: Job, folder: Path, deployment: Mapping[str, Any], checks: Mapping[str, validating.Checked]
 ) -> dict[str, Any]:
+    decoder = deployment["decoder"] is not None
     return {
         "graph": {path.name: files.file_sha256(path) for path in sorted(folder.glob(f"{files.MODEL}*"))},
         "base": {"name": job.base, "files": files.base_hashes(job.checkpoint)},
@@ -160,8 +161,8 @@ def _provenance(
             "adapter_dtype": deployment["adapter_dtype"],
         },
         "validation": {
-            "shapes": [list(shape) for shape in validating.SHAPES],
-            "tolerance": validating.TOLERANCE,
+            "shapes": [list(shape) for shape in (validating.DECODER_SHAPES if decoder else validating.SHAPES)],
+            "tolerance": validating.DECODER_TOLERANCE if decoder else validating.TOLERANCE,
             "results": {name or "no adapter": checked.as_dict() for name, checked in checks.items()},
         },
         "notes": list(job.notes),

@@ -6,7 +6,7 @@ weights; does it give the plain graph's bits when no adapter is named; does each
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,17 @@ from numpy.typing import NDArray
 
 from ssh_deploy.errors import VerificationError
 from ssh_deploy.graph.bank_file import onnxruntime
-from ssh_deploy.graph.kv_cache import decoder_inputs
+from ssh_deploy.graph.kv_cache import PRESENT, decoder_inputs
 from ssh_deploy.graph.trace import Loaded, example_inputs, run_torch
 
 #: (batch, tokens) of the validation; none is the example's shape that was traced.
 SHAPES = ((1, 5), (2, 16), (5, 9))
 #: (batch, tokens, past) of the validation of decoders: prefill, one more token, a chunk.
 DECODER_SHAPES = ((2, 12, 0), (4, 1, 9), (1, 6, 4))
-#: Largest difference allowed, as a share of the spread of torch's own outputs (at least 1).
+#: Largest difference allowed, as a share of the spread of torch's own outputs (at least 1). Decoders are deep and their
+#: logits sums over wide layers: SmolLM2's 30 layers are 5e-5 off, in another order of summation.
 TOLERANCE = 1e-4
+DECODER_TOLERANCE = 1e-3
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -54,11 +56,12 @@ def inputs_for(loaded: Loaded) -> list[dict[str, Any]]:
 
 
 def torch_outputs(model: Any, inputs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Outputs]:
-    """Torch's answer to each of ``inputs``."""
+    """Torch's answer to each of ``inputs``, tensors or arrays by name."""
     import torch
 
     with torch.no_grad():
-        return [{k: v.numpy() for k, v in run_torch(model, feed, names).items()} for feed in inputs]
+        feeds = [{k: torch.as_tensor(v) for k, v in feed.items()} for feed in inputs]
+        return [{k: v.numpy() for k, v in run_torch(model, feed, names).items()} for feed in feeds]
 
 
 class Runner:
@@ -89,7 +92,7 @@ class Runner:
             lent.Load(str(adapter))
             options.add_active_adapter(lent)
         for feed in inputs:
-            feeds = {**self._required, **{k: v.numpy() for k, v in feed.items()}, **(arrays or {})}
+            feeds = {**self._required, **{k: np.asarray(v) for k, v in feed.items()}, **(arrays or {})}
             try:
                 outputs = self._session.run(self._names, feeds, options)
             except Exception as error:  # ORT's classes share no root
@@ -106,8 +109,9 @@ def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effec
     """Differences of ``got`` from torch's ``want``.
 
     Raises:
-        VerificationError: shapes differ, or numbers by more than `TOLERANCE`.
+        VerificationError: shapes differ, or numbers by more than `TOLERANCE` (`DECODER_TOLERANCE`).
     """
+    tolerance = tolerance_of(want[0])
     worst, spread = 0.0, 0.0
     for mine, theirs in zip(got, want, strict=True):
         for name, right in theirs.items():
@@ -119,13 +123,18 @@ def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effec
             if right.size:
                 diff = float(np.abs(mine[name].astype(np.float64) - right).max())
                 worst, spread = max(worst, diff if np.isfinite(diff) else np.inf), max(spread, float(np.ptp(right)))
-    if not worst <= TOLERANCE * max(1.0, spread):
+    if not worst <= tolerance * max(1.0, spread):
         raise VerificationError(
             f"{what}: the exported graph is {worst:.3g} off torch, over outputs that spread {spread:.3g} "
-            f"(allowed: {TOLERANCE} of it).",
+            f"(allowed: {tolerance} of it).",
             hint="Nothing was written. Please report this architecture.",
         )
     return Checked(worst, spread, effect)
+
+
+def tolerance_of(names: Iterable[str]) -> float:
+    """The tolerance for a model with outputs of these names."""
+    return DECODER_TOLERANCE if any(name.startswith(PRESENT) for name in names) else TOLERANCE
 
 
 def identical(what: str, got: Sequence[Outputs], want: Sequence[Outputs]) -> None:

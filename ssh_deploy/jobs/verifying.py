@@ -2,12 +2,13 @@
 
 The reference is the base in float32 plus the dense delta. An exported folder is run by plain onnxruntime: with the
 folder's own `.onnx_adapter` where it holds this adapter (by content digest), else with arrays made for its slots.
+Decoders are also asked to go on writing (`verifying_decoder`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs.folder_adapters import layout_of, rows_of
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.validating import Outputs, Runner, torch_outputs
+from ssh_deploy.jobs.verdict import Run, Verdict
+from ssh_deploy.jobs.verifying_decoder import decoder_verdict, load_tokenizer, prompt_tokens
 from ssh_deploy.runtimes.folder import contained, open_folder, read_json
 
 #: Largest difference allowed, as a share of the spread of torch's outputs (at least 1), by dtype of the target's
@@ -30,29 +33,6 @@ TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "F16": 2e-2, "BF16": 1e-1}
 #: (rows, tokens) of the built-in inputs.
 SHAPES = ((8, 6), (8, 16), (4, 33), (1, 9))
 _BATCH = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """``agreement``: share of rows (or tokens) with the same largest output; ``rows`` compared."""
-
-    ok: bool
-    max_abs_diff: float
-    agreement: float
-    rows: int
-    tolerance: float
-    target: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {
-            "ok": self.ok,
-            "max_abs_diff": self.max_abs_diff,
-            "agreement": self.agreement,
-            "rows": self.rows,
-            "tolerance": self.tolerance,
-            "target": self.target,
-        }
 
 
 def verify_target(
@@ -83,17 +63,30 @@ def verify_target(
         raise DeploymentError(f"{target}: task {task!r} is unknown.", hint="Export it again with this release.")
     progress("verify", 0, 3)
     headed = task.endswith("classification")
-    model = load_torch(checkpoint, task).model
-    labels = label_count(fitted.adapter, model) if headed else None
+    loaded = load_torch(checkpoint, task)
+    labels = label_count(fitted.adapter, loaded.model) if headed else None
     if labels is not None:
-        model = load_torch(checkpoint, task, labels=labels).model
-    inputs = _text_inputs(checkpoint, model, texts) if texts else _example_rows(model)
-    names = ("logits",) if task != "feature-extraction" else ("last_hidden_state",)
+        loaded = load_torch(checkpoint, task, labels=labels)
+    elif headed and loaded.missing:
+        raise VerificationError(
+            f"Neither {checkpoint.folder} nor {fitted.adapter.source} has a head for {task}: there are no logits.",
+            hint=f"{target} was made for adapters with heads; to compare this one use --task feature-extraction.",
+        )
+    model = loaded.model
+    names: tuple[str, ...] = ("last_hidden_state",) if task == "feature-extraction" else ("logits",)
+    if loaded.cache is not None:
+        names = (*names, *loaded.cache.outputs)
     held = _as_held(fitted, target) if exported else fitted.adapter
     apply_adapter(model, held, model_places(held, model, checkpoint.config), head=headed)
+    run = _exported(target, fitted, checkpoint, names) if exported else _merged(target, task, names)
     progress("verify", 1, 3)
-    want = torch_outputs(model, inputs, names)
-    got = _exported(target, fitted, checkpoint, inputs, names) if exported else _merged(target, task, inputs, names)
+    torch_run = partial(torch_outputs, model, names=names)
+    if loaded.cache is not None:
+        prompts = prompt_tokens(checkpoint, loaded, texts)
+        return decoder_verdict(run, torch_run, prompts, loaded, share=TOLERANCES[dtype], target=kind, progress=progress)
+    inputs = _text_inputs(checkpoint, model, texts) if texts else _example_rows(model)
+    want = torch_run(inputs)
+    got = run(inputs)
     progress("verify", 3, 3)
     return _verdict(got, want, TOLERANCES[dtype], kind)
 
@@ -117,7 +110,7 @@ def _verdict(got: Sequence[Outputs], want: Sequence[Outputs], share: float, targ
     return Verdict(worst <= tolerance, worst, same / max(places, 1), rows, tolerance, target)
 
 
-def _merged(target: Path, task: str, inputs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Outputs]:
+def _merged(target: Path, task: str, names: Sequence[str]) -> Run:
     loaded = load_torch(open_checkpoint(target), task)
     unused = "pooler" if task == "feature-extraction" else "\0"
     if any(unused not in module for module in loaded.missing):
@@ -125,16 +118,14 @@ def _merged(target: Path, task: str, inputs: Sequence[dict[str, Any]], names: Se
             f"{target} has no weights for {', '.join(sorted(loaded.missing)[:3])}.",
             hint="Merge again; its head is missing.",
         )
-    return torch_outputs(loaded.model, inputs, names)
+    return partial(torch_outputs, loaded.model, names=names)
 
 
-def _exported(
-    target: Path, fitted: Fitted, checkpoint: Checkpoint, inputs: Sequence[dict[str, Any]], names: Sequence[str]
-) -> list[Outputs]:
+def _exported(target: Path, fitted: Fitted, checkpoint: Checkpoint, names: Sequence[str]) -> Run:
     deployment = read_json(target, files.DEPLOYMENT)
     model = contained(target, files.MODEL)
     if deployment.get("mode") == "merged":
-        return Runner(model, names)(inputs)
+        return Runner(model, names)
     layout = layout_of(target, deployment)
     required = files.no_adapter(layout) if deployment.get("adapter_inputs") == "required" else None
     stored = [e for e in deployment["adapters"].values() if e.get("source_digest") == fitted.adapter.digest]
@@ -142,9 +133,9 @@ def _exported(
         path = contained(target, entry["file"])
         files.require_digest(path, entry["sha256"])
         if required is None:
-            return Runner(model, names)(inputs, adapter=path)
+            return partial(Runner(model, names), adapter=path)
     rows = rows_of(fitted, layout, checkpoint, headless=not deployment["task"].endswith("classification"))
-    return Runner(model, names, required)(inputs, arrays={key: array[None] for key, array in rows.items()})
+    return partial(Runner(model, names, required), arrays={key: array[None] for key, array in rows.items()})
 
 
 def _as_held(fitted: Fitted, target: Path) -> Any:
@@ -171,14 +162,8 @@ def _example_rows(model: Any) -> list[dict[str, Any]]:
 
 def _text_inputs(checkpoint: Checkpoint, model: Any, texts: Sequence[str]) -> list[dict[str, Any]]:
     import torch
-    from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise VerificationError(
-            f"{checkpoint.folder}: no tokenizer ({str(error).splitlines()[0]}).", hint="Leave --texts out."
-        ) from error
+    tokenizer = load_tokenizer(checkpoint)
     wanted = list(example_inputs(model))  # token_type_ids is zero where a tokenizer gives none
     batches = []
     for start in range(0, len(texts), _BATCH):

@@ -66,6 +66,8 @@ class Decoder:
         present: names of its outputs in the same order: past and new tokens together.
         logits_at: optional input int64 [batch, positions]: tokens of each row whose logits are wanted; fed, `logits` is
             [batch, positions, vocab], else [batch, tokens, vocab]. None where the graph has no such input.
+        window: columns of the cache that a token sees at most in some layers; None where it sees all. Columns, not
+            tokens: with a window, short rows are padded in front, because a gap behind a prompt would count.
         context: most tokens of a row, prompt and answer together; None where the base states none.
         bos: token that texts begin with; None without.
         eos: tokens that end a text; may be none.
@@ -79,6 +81,7 @@ class Decoder:
     past: tuple[str, ...]
     present: tuple[str, ...]
     logits_at: str | None
+    window: int | None
     context: int | None
     bos: int | None
     eos: tuple[int, ...]
@@ -298,8 +301,9 @@ def _decoder(root: Path, entry: Any) -> Decoder | None:
             f"inputs and {len(present)} outputs.",
             hint=_DAMAGED,
         )
-    context, bos, pad = (
-        None if fields.get(key) is None else _field(root, fields, key, int) for key in ("context", "bos", "pad")
+    window, context, bos, pad = (
+        None if fields.get(key) is None else _field(root, fields, key, int)
+        for key in ("window", "context", "bos", "pad")
     )
     logits_at, template = (
         None if fields.get(key) is None else _field(root, fields, key, str) for key in ("logits_at", "chat_template")
@@ -307,7 +311,7 @@ def _decoder(root: Path, entry: Any) -> Decoder | None:
     if template is not None:
         contained(root, template)
     eos = tuple(_list(root, fields, "eos", int))
-    return Decoder(layers, kv_heads, head_dim, past, present, logits_at, context, bos, eos, pad, template)
+    return Decoder(layers, kv_heads, head_dim, past, present, logits_at, window, context, bos, eos, pad, template)
 
 
 def _guard(root: Path, fields: Mapping[str, Any]) -> tuple[int, int, int] | None:

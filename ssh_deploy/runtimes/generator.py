@@ -69,6 +69,11 @@ class Generator:
             raise DeploymentError(
                 f"A generator of {rows} rows, padded {padding!r}.", hint="Give at least one row, left or right."
             )
+        if folder.decoder.window is not None and padding == "right":
+            raise DeploymentError(
+                f"{folder.root}: its tokens see {folder.decoder.window} columns of the cache, padding counted.",
+                hint="Leave the padding left: it lies before everything a row sees.",
+            )
         self._folder, self._decoder = folder, folder.decoder
         self._model = LanguageModel(session, folder.decoder)
         self._catalogue, self._residents, self._prompts = catalogue, residents, prompts

@@ -1,0 +1,65 @@
+"""What `ssh-deploy verify` found: how far a target is from torch, and for decoders what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ssh_deploy.jobs.validating import Outputs
+
+#: Answers to inputs by name, a batch each.
+Run = Callable[[Sequence[dict[str, Any]]], list[Outputs]]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a decoder wrote, greedily.
+
+    Attributes:
+        prompts: how many it went on from.
+        tokens: after each.
+        same: prompts that torch continues with the same tokens.
+        apart: prompts where torch was clearly of another mind; the rest are ties that rounding decides.
+        perplexity: of the prompts by the target; None where none has two tokens.
+        perplexity_torch: by torch.
+    """
+
+    prompts: int
+    tokens: int
+    same: int
+    apart: int
+    perplexity: float | None
+    perplexity_torch: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``agreement``: share of rows (or tokens) with the same largest output; ``rows`` compared."""
+
+    ok: bool
+    max_abs_diff: float
+    agreement: float
+    rows: int
+    tolerance: float
+    target: str
+    written: Written | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``; ``written`` only of decoders."""
+        fields = asdict(self)
+        return fields if self.written is not None else {k: v for k, v in fields.items() if k != "written"}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        word = "agrees" if self.ok else "DIFFERS"
+        distance = f"max abs diff {self.max_abs_diff:.2e} (allowed {self.tolerance:.2e})"
+        lines = [f"{self.target} {word}: {distance}, agreement {self.agreement:.4f} over {self.rows} rows"]
+        if (written := self.written) is not None:
+            lines.append(
+                f"  {written.tokens} greedy tokens: the same after {written.same} of {written.prompts} prompts, "
+                f"otherwise after {written.apart}"
+            )
+            if written.perplexity is not None:
+                lines.append(f"  perplexity {written.perplexity:.5g}, torch's {written.perplexity_torch:.5g}")
+        return lines
