@@ -22,6 +22,8 @@ from ssh_deploy.deltas.spectral import SpectralDelta
 
 _Float = NDArray[np.float64]
 _NOISE = 1e-6  # of float32 numbers that came out of a few sums, against the largest of them
+_DOUBLE = 1e-9  # finer than this are float64 numbers alone
+_SMALL = 64
 #: Coordinates [core side, r] to vectors [side, r] of ΔW.
 _Basis = Callable[[_Float], _Float]
 
@@ -45,7 +47,7 @@ def factor(change: Delta | NDArray[Any], *, rank: int | None = None, energy: flo
             With neither, the rank of ``change``, up to the rounding of its numbers.
     """
     left, core, right, precision = _split(change)
-    u, s, vt = np.linalg.svd(core, full_matrices=False)
+    u, s, vt = _decomposed(core, precision)
     squares = np.cumsum(np.square(s))
     total = float(squares[-1]) if s.size else 0.0
     # numpy's own rule for the rank of a matrix, in the precision its numbers are of
@@ -57,6 +59,20 @@ def factor(change: Delta | NDArray[Any], *, rank: int | None = None, energy: flo
     b, a = left(u[:, :r] * root), right(vt[:r].T * root).T
     delta = LowRankDelta(np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32))
     return Factored(delta, float(squares[r - 1]), total)
+
+
+def _decomposed(core: _Float, precision: float) -> tuple[_Float, _Float, _Float]:
+    """The SVD of ``core``; of a large matrix of rounded numbers through ``C Cᵀ``, ten times faster.
+
+    That loses what is below 1e-8 of the largest singular value, which is noise where numbers are float32.
+    """
+    if precision < _DOUBLE or min(core.shape) < _SMALL:
+        return np.linalg.svd(core, full_matrices=False)
+    wide = core if core.shape[0] <= core.shape[1] else core.T
+    squares, u = np.linalg.eigh(wide @ wide.T)
+    u, s = u[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
+    vt = (u.T @ wide) / np.maximum(s, _DOUBLE * s[0] if s[0] else 1.0)[:, None]
+    return (u, s, vt) if wide is core else (vt.T, s, u.T)
 
 
 def _split(change: Delta | NDArray[Any]) -> tuple[_Basis, _Float, _Basis, float]:

@@ -256,7 +256,8 @@ def _lost(before: Checkpoint, after: Checkpoint, others: Mapping[str, str], held
     for name, own in others.items():
         change = _difference(before, own, after, name)
         if change is not None:
-            energies[name] = float(np.square(change, dtype=np.float64).sum())
+            flat = change.reshape(-1)
+            energies[name] = float(np.einsum("i,i->", flat, flat, dtype=np.float64))
     total = held + sum(energies.values())
     return {name: energy / total for name, energy in sorted(energies.items(), key=lambda item: -item[1])}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ssh_deploy.deltas.factoring import factor
+from ssh_deploy.deltas.factoring import factor, thin
 from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.testing import sparse_spectrum
@@ -100,3 +100,32 @@ def test_nothing_is_a_product_of_rank_one(empty):
     assert made.delta.rank == 1
     assert (made.energy, made.total) == (0.0, 0.0)
     assert not numbers(made.delta).any()
+
+
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+def test_a_large_matrix_of_float32_numbers(shape):
+    rng = np.random.default_rng(2)
+    dense = (
+        rng.normal(size=(shape[0], 70)) @ np.diag(np.geomspace(1, 1e-3, 70)) @ rng.normal(size=(70, shape[1]))
+    ).astype(np.float32)
+    s = np.linalg.svd(dense.astype(np.float64), compute_uv=False)
+    made = factor(dense, rank=9)
+    assert made.energy == pytest.approx(float(np.square(s[:9]).sum()), rel=1e-9)
+    left = float(np.square(dense - numbers(made.delta)).sum())
+    assert left == pytest.approx(float(np.square(s[9:]).sum()), rel=1e-4)
+    whole = factor(dense)
+    assert whole.delta.rank <= 70
+    np.testing.assert_allclose(numbers(whole.delta), dense, atol=1e-3 * np.abs(dense).max())
+    assert factor(np.zeros(shape, np.float32)).delta.rank == 1
+
+
+@pytest.mark.parametrize("rank", [1, 5, 40, 64])
+def test_thin_is_exact_whatever_the_rank(rank):
+    rng = np.random.default_rng(3)
+    dense = (rng.normal(size=(64, rank)) @ rng.normal(size=(rank, 90))).astype(np.float32)
+    made = thin(dense, trained=7)
+    assert (made.rank, made.parameters) == (rank, 7)
+    np.testing.assert_allclose(numbers(made), dense, atol=1e-6 * np.abs(dense).max())
+    nothing = thin(np.zeros((4, 6), np.float32))
+    assert (nothing.rank, nothing.shape) == (1, (4, 6))
+    assert not numbers(nothing).any()
