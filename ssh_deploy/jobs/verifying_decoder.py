@@ -109,10 +109,11 @@ def decoder_verdict(
         found.add(mine["logits"], theirs["logits"], feeds["input_ids"], feeds["attention_mask"].astype(bool))
     tolerance = share * max(1.0, found.high - found.low)
     same = apart = 0
+    tie = min(10 * found.worst, 2 * tolerance)
     for done, batch in enumerate(batches):
         progress("verify", len(batches) + done, 2 * len(batches))
         got, want = (continue_greedily(r, batch, shape, new=new, positions=positions) for r in (run, torch_run))
-        alike, unlike = divergences(got, want, tie=10 * found.worst)
+        alike, unlike = divergences(got, want, tie=tie)
         same, apart = same + alike, apart + unlike
     progress("verify", 1, 1)
     written = Written(len(prompts), new, same, apart, *found.perplexities)
