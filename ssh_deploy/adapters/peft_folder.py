@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ssh_deploy.adapters.base import Adapter, AdapterFiles, Shapes, check_finite, is_finite_number
+from ssh_deploy.adapters.without_delta import REASONS
 from ssh_deploy.checkpoints.safefile import open_safefile
 from ssh_deploy.checkpoints.whole import whole_folder
 from ssh_deploy.deltas.base import Delta
@@ -94,6 +95,11 @@ def _check_fields(path: Path, config: Mapping[str, Any]) -> None:
 def _family(peft_type: str) -> Any:
     wanted = peft_type.lower().replace("_", "-")
     if wanted not in families():
+        if peft_type in REASONS:
+            raise AdapterFileError(
+                f"PEFT type {peft_type} has no change of a weight that could be deployed: {REASONS[peft_type]}.",
+                hint="Train one of the types that `ssh-deploy plugins --peft-types` marks, or serve it with PEFT.",
+            )
         raise RegistryError(
             f"No installed family reads PEFT type {peft_type}.",
             hint=f"Installed: {', '.join(sorted(families()))}. More come as plugins (`pip install ssh-deploy-…`).",

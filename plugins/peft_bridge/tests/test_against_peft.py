@@ -113,3 +113,12 @@ def test_merged_weights_are_pefts(bases, tmp_path, case):
     for name in before:
         assert error(written[name], want[name]) <= 1e-6, name
     assert max(error(before[name], want[name]) for name in changed) > 1e-3
+
+
+def test_every_family_of_this_plugin_is_held_against_peft():
+    from importlib.metadata import entry_points
+
+    points = entry_points(group="ssh_deploy.families")
+    own = {p.name for p in points if p.value.startswith("ssh_deploy_peft_bridge.")}
+    assert own == {name for name in own if any(case == name or case.startswith(f"{name}-") for case in CASES)}
+    assert len(own) == 23
