@@ -20,7 +20,7 @@ _TEMPLATE = (
 )
 
 
-def pico_decoder(folder, *, seed=0):
+def pico_decoder(folder, *, seed=0, **fields):
     """Save a random LLaMA of 2 layers with its byte-level tokenizer and chat template; returns its folder."""
     import torch
     import transformers
@@ -29,7 +29,7 @@ def pico_decoder(folder, *, seed=0):
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0,
-        eos_token_id=EOS, pad_token_id=2,
+        eos_token_id=EOS, pad_token_id=2, **fields,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     with torch.no_grad():

@@ -2,8 +2,9 @@
 
 A run takes the past as `past_key_values.{i}.key|value` [rows, kv_heads, past, head_dim] and gives it back one longer;
 from step to step the values are passed on as they are. Only when a row joins or leaves are they copied: rows are
-picked, columns that no row uses any more are dropped, shorter rows are padded in front. A row's columns need not be
-adjacent (prompts padded behind leave a gap): the mask says which are its own, and its next position is their number.
+picked, columns that no row uses any more are dropped, shorter rows are padded in front (in a packed cache behind). A
+row's columns need not be adjacent (prompts padded behind leave a gap): the mask says which are its own, and its next
+position is their number.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ class Cache:
 
     ``values``: an OrtValue [rows, kv_heads, past, head_dim] for each past input of the model, in its order.
     ``mask``: bool [rows, past], True where a column is the row's own token.
+    ``packed``: a row's tokens are its first columns.
     """
 
     values: tuple[Any, ...]
     mask: NDArray[np.bool_]
+    packed: bool = False
 
     @property
     def rows(self) -> int:
@@ -44,22 +47,23 @@ class Cache:
         mask = self.mask[list(rows)]
         used = mask.any(axis=0)
         values = tuple(ort_value(v.numpy()[list(rows)][:, :, used]) for v in self.values)
-        return Cache(values, mask[:, used])
+        return Cache(values, mask[:, used], self.packed)
 
     def beside(self, other: Cache) -> Cache:
-        """The rows of this cache, then those of ``other``; the shorter are padded in front."""
-        past = max(self.mask.shape[1], other.mask.shape[1])
-        mask = np.concatenate([_in_front(one.mask, past, axis=1) for one in (self, other)])
+        """The rows of this cache, then those of ``other``, as long as the longer."""
+        past, packed = max(self.mask.shape[1], other.mask.shape[1]), self.packed
+        mask = np.concatenate([_filled(one.mask, past, axis=1, behind=packed) for one in (self, other)])
         pairs = zip(self.values, other.values, strict=True)
-        values = [np.concatenate([_in_front(v.numpy(), past, axis=2) for v in pair]) for pair in pairs]
-        return Cache(tuple(map(ort_value, values)), mask)
+        values = [np.concatenate([_filled(v.numpy(), past, axis=2, behind=packed) for v in pair]) for pair in pairs]
+        return Cache(tuple(map(ort_value, values)), mask, packed)
 
 
-def _in_front(array: NDArray[Any], size: int, *, axis: int) -> NDArray[Any]:
-    """``array`` with zeros in front until ``axis`` has ``size``."""
+def _filled(array: NDArray[Any], size: int, *, axis: int, behind: bool) -> NDArray[Any]:
+    """``array`` with zeros in front or behind until ``axis`` has ``size``."""
     lack = size - array.shape[axis]
     if not lack:
         return array
     sides = list(array.shape)
     sides[axis] = lack
-    return np.concatenate([np.zeros(sides, array.dtype), array], axis=axis)
+    zeros = np.zeros(sides, array.dtype)
+    return np.concatenate([array, zeros] if behind else [zeros, array], axis=axis)

@@ -256,7 +256,8 @@ class Deployment:
 
         Args:
             rows: most requests in the batch; others wait in line.
-            padding: where prompts that join together are filled up to the longest, ``left`` or ``right``.
+            padding: where prompts that join together are filled up to the longest, ``left`` or ``right``; some models
+                leave no choice.
 
         Raises:
             DeploymentError: a model that does not go on from prompts.

@@ -24,6 +24,7 @@ from ssh_deploy.errors import DeploymentError, UnknownNameError
 CONTRACT = 2
 DEPLOYMENT = "deployment.json"
 MODEL = "model.onnx"
+GENAI = "genai_config.json"
 FINGERPRINT = "fingerprint.safetensors"
 BASE_HEAD = "base_head.safetensors"
 _MAX_JSON = 64 << 20
@@ -73,6 +74,8 @@ class Decoder:
         eos: tokens that end a text; may be none.
         pad: token that fills short rows; None where the base names none (then any will do: the mask hides it).
         chat_template: file of the folder that turns messages into a prompt (Jinja); None without.
+        packed: a row's tokens must be the first columns of its cache, as GroupQueryAttention wants them: so it is in
+            graphs of onnxruntime-genai's builder.
     """
 
     layers: int
@@ -87,6 +90,7 @@ class Decoder:
     eos: tuple[int, ...]
     pad: int | None
     chat_template: str | None
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -311,7 +315,10 @@ def _decoder(root: Path, entry: Any) -> Decoder | None:
     if template is not None:
         contained(root, template)
     eos = tuple(_list(root, fields, "eos", int))
-    return Decoder(layers, kv_heads, head_dim, past, present, logits_at, window, context, bos, eos, pad, template)
+    packed = (root / GENAI).exists()
+    return Decoder(
+        layers, kv_heads, head_dim, past, present, logits_at, window, context, bos, eos, pad, template, packed
+    )
 
 
 def _guard(root: Path, fields: Mapping[str, Any]) -> tuple[int, int, int] | None:
