@@ -175,22 +175,6 @@ def test_a_rank_beyond_the_banks_is_refused_with_both_numbers(bank, bases, tmp_p
         close(deployment.run(feeds(2), "high")["logits"], answers(model, feeds(2)))
 
 
-def test_a_side_that_no_stored_adapter_scales_is_refused_with_what_opens_it(bases, tmp_path):
-    base = bases("bert", "text-classification")
-    made(base, *SSF, tmp_path / "ssf")
-    fields = {"target_modules": ["query"], "feedforward_modules": ["query"]}
-    model = trained(base, peft.IA3Config, fields, tmp_path / "ia3")
-    done = run("export", "--onnx", base, tmp_path / "ssf", "-o", tmp_path / "out", "--kinds", "head")
-    assert done.exit_code == 0, done.output
-    with Deployment.open(tmp_path / "out") as deployment, pytest.raises(AdapterMismatchError) as refused:
-        deployment.load("ia3", tmp_path / "ia3")
-    assert "1 diagonal_in where every row of this bank holds 0" in str(refused.value)
-    assert "ssh-deploy add" in str(refused.value)
-    assert run("add", tmp_path / "out", tmp_path / "ia3").exit_code == 0
-    with Deployment.open(tmp_path / "out") as deployment:
-        close(deployment.run(feeds(2), "ia3")["logits"], answers(model, feeds(2)))
-
-
 def test_verify_and_run_on_the_command_line(bank, bases):
     folder, _ = bank
     for name in ("ia3", "hra", "shira", "ether"):
@@ -283,17 +267,28 @@ def test_conv1d_of_gpt2_and_inputs_without_defaults(bases, tmp_path):
     assert checked["effect"] > 1e-2
 
 
-def test_slots_are_reserved_for_adapters_to_come(bases, tmp_path):
+def test_slots_are_reserved_and_a_closed_side_says_what_opens_it(bases, tmp_path):
     base = bases("bert", "text-classification")
     models = {name: trained(base, *TRAINED[name], tmp_path / name) for name in ("hra", "shira")}
     models["ssf"] = made(base, *SSF, tmp_path / "ssf")
-    words = ["--sites", "attention", "--kinds", "sparse,diagonal,reflection,head"]
-    done = run("export", "--onnx", base, "-o", tmp_path / "out", *words, "--adapter-dtype", "float32")
+    fields = {"target_modules": ["query"], "feedforward_modules": ["query"]}
+    models["inputs"] = trained(base, peft.IA3Config, fields, tmp_path / "inputs")
+    words = ["--sites", "attention", "--kinds", "sparse,reflection,head", "--adapter-dtype", "float32"]
+    done = run("export", "--onnx", base, tmp_path / "ssf", "-o", tmp_path / "out", *words)
     assert done.exit_code == 0, done.output
     with Deployment.open(tmp_path / "out") as deployment:
-        for name, model in models.items():
+        for name in ("hra", "shira"):  # kinds of which the folder stores none
             deployment.load(name, tmp_path / name)
-            close(deployment.run(feeds(2), name)["logits"], answers(model, feeds(2)))
+            close(deployment.run(feeds(2), name)["logits"], answers(models[name], feeds(2)))
+        with pytest.raises(AdapterMismatchError) as refused:
+            deployment.load("inputs", tmp_path / "inputs")
+    assert "1 diagonal_in where every row of this bank holds 0" in str(refused.value)
+    assert "ssh-deploy add" in str(refused.value)
+    assert run("add", tmp_path / "out", tmp_path / "inputs").exit_code == 0
+    with Deployment.open(tmp_path / "out") as deployment:
+        close(deployment.run(feeds(2), "inputs")["logits"], answers(models["inputs"], feeds(2)))
+        want = answers(models["ssf"], feeds(2))
+        close(deployment.run(feeds(2), "ssf")["logits"][..., : want.shape[1]], want)
 
 
 def test_a_shift_where_the_base_has_no_bias(bases, tmp_path):
