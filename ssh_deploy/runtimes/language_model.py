@@ -121,9 +121,8 @@ class LanguageModel:
         feeds |= zip(self._decoder.past, cache.values, strict=True)
         answers, present = self._session.run_kept(feeds | dict(lent), [LOGITS], kept=self._decoder.present)
         logits = answers[LOGITS]
-        return logits[np.arange(len(ids)), at if logits.shape[1] == ids.shape[1] else 0], Cache(
-            tuple(present), mask, cache.packed
-        )
+        last = logits[:, 0] if logits.shape[1] == 1 else logits[np.arange(len(ids)), at]
+        return last, Cache(tuple(present), mask, cache.packed)
 
     def _nothing(self, rows: int) -> list[NDArray[Any]]:
         """A past of no tokens for each input of it."""

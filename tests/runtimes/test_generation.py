@@ -261,6 +261,19 @@ def test_generators_that_cannot_be(deployment):
         deployment.generator(padding="middle")
 
 
+def test_a_sliding_window_counts_columns(decoder, tmp_path):
+    """A gap behind a prompt would shorten what the next token sees: padding behind is refused."""
+    out = tmp_path / "out"
+    shutil.copytree(decoder[2], out)
+    fields = json.loads((out / "deployment.json").read_text())
+    fields["decoder"]["window"] = 8
+    (out / "deployment.json").write_text(json.dumps(fields))
+    with Deployment.open(out, threads=1) as own:
+        with pytest.raises(DeploymentError, match="8 columns of the cache"):
+            own.generator(padding="right")
+        assert len(own.generate(["h"], max_new_tokens=3)[0].tokens) == 3
+
+
 def test_an_encoder_does_not_go_on(exported):
     with Deployment.open(exported("bert")[2]) as encoder, pytest.raises(DeploymentError, match="--text"):
         encoder.generate(["h"])
