@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from click.testing import CliRunner
+from decoder_folders import pico_decoder, torch_tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ssh_deploy.adapters.file import write_file
@@ -16,7 +17,7 @@ from ssh_deploy.cli.main import main
 from ssh_deploy.errors import AdapterMismatchError, DeployError
 from ssh_deploy.graph.patching import apply_adapter
 from ssh_deploy.runtimes.deployment import Deployment
-from ssh_deploy.testing import random_adapter, write_peft_example
+from ssh_deploy.testing import random_adapter, sparse_spectrum, write_peft_example
 
 pytestmark = [
     pytest.mark.slow,
@@ -291,17 +292,40 @@ def test_slots_are_reserved_and_a_closed_side_says_what_opens_it(bases, tmp_path
         close(deployment.run(feeds(2), "ssf")["logits"][..., : want.shape[1]], want)
 
 
-def test_a_shift_where_the_base_has_no_bias(bases, tmp_path):
-    """Slots take it; a checkpoint does not."""
-    base = bases("llama", "causal-lm")
-    module = "model.layers.0.self_attn.q_proj"
-    parts = {"ssf_scale": np.full(48, 1.2, "f"), "ssf_shift": np.full(48, 0.5, "f")}
-    tensors = {f"base_model.model.{module}.{part}": t for part, t in parts.items()}
-    write_peft_example(tmp_path / "ssf", {"peft_type": "SSF", "task_type": "CAUSAL_LM"}, tensors)
-    done = run("export", "--onnx", base, tmp_path / "ssf", "-o", tmp_path / "out", "--json")
-    assert done.exit_code == 0, done.output  # held against torch, with a bias put in
-    assert json.loads(done.stdout)["validation"]["ssf"]["effect"] > 1e-2
-    done = run("merge", base, tmp_path / "ssf", "-o", tmp_path / "merged")
+def test_a_decoder_generates_what_torch_does_and_a_shift_needs_no_bias(tmp_path):
+    base, rng = pico_decoder(tmp_path / "base"), np.random.default_rng(3)
+    rows, cols, values = sparse_spectrum(rng, (24, 48), 72)
+    places = np.stack([rows, cols]).astype(np.int32)
+    adapters = {
+        "ssf": ("q_proj", (48, 48), {"ssf_scale": normal(rng, 48), "ssf_shift": normal(rng, 48)}),
+        "hra": ("o_proj", (48, 48), {"hra_u": normal(rng, 48, 3)}),
+        "shira": (
+            "v_proj",
+            (24, 48),
+            {"shira_weight": values, "shira_indices": np.stack([rows, cols]).astype(np.int32)},
+        ),
+    }
+    for name, (end, shape, parts) in adapters.items():
+        modules = [f"model.layers.{i}.self_attn.{end}" for i in (0, 1)]
+        config = {"peft_type": name.upper(), "task_type": "CAUSAL_LM", "r": 3 if name == "hra" else 1}
+        config["module_shapes"] = dict.fromkeys(modules, shape)
+        tensors = {f"base_model.model.{module}.{part}": t for module in modules for part, t in parts.items()}
+        write_peft_example(tmp_path / name, config, tensors)
+    given = [tmp_path / name for name in adapters]
+    done = run("export", "--onnx", base, *given, "-o", tmp_path / "out", "--adapter-dtype", "float32", "--json")
+    assert done.exit_code == 0, done.output
+    prompts, names = ["the quick", "when is the end", "h", "the fox jumps over"], [*adapters, None]
+    with Deployment.open(tmp_path / "out") as deployment:
+        encoded = [deployment._prompts.encode(prompt) for prompt in prompts]
+        with deployment.generator() as generator:
+            streams = [generator.submit(p, n, max_new_tokens=16) for p, n in zip(prompts, names, strict=True)]
+            got = [list(stream.result().tokens) for stream in streams]
+    for prompt, name, tokens in zip(encoded, names, got, strict=True):
+        (want,) = torch_tokens(base, [prompt], adapter=None if name is None else tmp_path / name, most=16)
+        assert tokens == want, name
+        (other,) = torch_tokens(base, [prompt], most=16)
+        assert (tokens == other) == (name is None)
+    done = run("merge", base, tmp_path / "ssf", "-o", tmp_path / "merged")  # a checkpoint has no place for the shift
     assert done.exit_code == 1
     assert "has no bias" in done.output
 
