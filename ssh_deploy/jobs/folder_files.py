@@ -154,6 +154,7 @@ def model_card(deployment: Mapping[str, Any]) -> str:
     )
     table = f"| adapter | family | n | labels |\n|---|---|---|---|\n{rows}\n" if adapters else "No adapters yet.\n"
     first = next(iter(adapters), "NAME")
+    given = "prompt" if deployment["task"] == "text-generation" else "text"
     slots = (
         f"{len(deployment['sites'])} sites with slots for {', '.join(deployment['kinds'])}"
         if deployment["kinds"]
@@ -173,7 +174,7 @@ Exported by ssh-deploy ({deployment["mode"]}, opset {deployment["opset"]}, {depl
 With ssh-deploy:
 
 ```
-ssh-deploy run . --adapter {first} --text "…"
+ssh-deploy run . --adapter {first} --{given} "…"
 ```
 
 With nothing but onnxruntime (keep `adapter` referenced while the session runs):

@@ -17,10 +17,12 @@ from ssh_deploy.graph.bank_file import stack_rows
 from ssh_deploy.graph.kv_cache import CacheShape
 from ssh_deploy.graph.patching import apply_adapter, model_places, rounded
 from ssh_deploy.graph.trace import load_torch
+from ssh_deploy.jobs.editing import add_adapter
 from ssh_deploy.jobs.exporting import ExportOptions, export_model
 from ssh_deploy.jobs.folder_adapters import layout_of, rows_of
 from ssh_deploy.jobs.greedy import prompt_inputs
 from ssh_deploy.jobs.validating import torch_outputs
+from ssh_deploy.jobs.verifying import verify_target
 from ssh_deploy.runtimes.folder import open_folder
 from ssh_deploy.testing import random_adapter
 
@@ -235,3 +237,15 @@ def test_models_that_keep_something_else_than_keys_and_values_are_refused(tmp_pa
     with pytest.raises(GraphError, match=message):
         export_model(tmp_path / "base", [], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_added_without_exporting_again(decoder, tmp_path):
+    base, _, out = decoder
+    shutil.copytree(out, tmp_path / "out")
+    path = written(tmp_path, "late", adapter_of(base, ("q_proj", "down_proj"), seed=5))
+    report = add_adapter(tmp_path / "out", path)
+    assert report.adapters[-1] == "late"
+    assert verify_target(base, path, tmp_path / "out").ok
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| late | ssh | 30 |" in card
+    assert '--prompt "…"' in card
