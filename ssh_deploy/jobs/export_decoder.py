@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssh_deploy.checkpoints.index import Checkpoint, contained
+from ssh_deploy.checkpoints.index import Checkpoint, contained, read_json
+from ssh_deploy.errors import CheckpointError
 from ssh_deploy.graph.positions import LOGITS_AT, choose_positions
 from ssh_deploy.graph.sites import find_calls
 from ssh_deploy.graph.trace import Traced
 from ssh_deploy.jobs import folder_files as files
 
 GENERATION, TEMPLATE = "generation_config.json", "chat_template.jinja"
+_SPECIAL = ("bos", "eos", "pad")
 
 
 def add_positions(traced: Traced) -> None:
@@ -27,13 +28,16 @@ def describe_decoder(checkpoint: Checkpoint, traced: Traced) -> dict[str, Any] |
     """The field ``decoder`` of `deployment.json`, None without a cache; `runtimes.folder.Decoder` says what it means.
 
     Special tokens are those of generation_config.json, which may name several ends, else those of config.json.
+
+    Raises:
+        CheckpointError: files beside the weights that cannot be read, special tokens that are no numbers.
     """
     cache = traced.cache
     if cache is None:
         return None
     config = checkpoint.config
     tokens = {**config, **{k: v for k, v in _json(checkpoint, GENERATION).items() if v is not None}}
-    eos = tokens.get("eos_token_id")
+    ids = {name: _numbers(checkpoint, f"{name}_token_id", tokens.get(f"{name}_token_id")) for name in _SPECIAL}
     context = next((config[key] for key in ("max_position_embeddings", "n_positions", "n_ctx") if key in config), None)
     return {
         "layers": cache.layers,
@@ -44,9 +48,9 @@ def describe_decoder(checkpoint: Checkpoint, traced: Traced) -> dict[str, Any] |
         "logits_at": LOGITS_AT if any(value.name == LOGITS_AT for value in traced.graph.graph.inputs) else None,
         "window": cache.window,
         "context": context,
-        "bos": tokens.get("bos_token_id"),
-        "eos": [] if eos is None else eos if isinstance(eos, list) else [eos],
-        "pad": tokens.get("pad_token_id"),
+        "bos": next(iter(ids["bos"]), None),
+        "eos": ids["eos"],
+        "pad": next(iter(ids["pad"]), None),
         "chat_template": TEMPLATE if _template(checkpoint) is not None else None,
     }
 
@@ -60,13 +64,22 @@ def copy_template(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _template(checkpoint: Checkpoint) -> str | None:
     if (checkpoint.folder / TEMPLATE).exists():
-        return contained(checkpoint.folder, Path(TEMPLATE)).read_text(encoding="utf-8")
+        path = contained(checkpoint.folder, Path(TEMPLATE))
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: cannot be read as UTF-8 text ({error}).", hint="Fetch it again.") from error
     found = _json(checkpoint, "tokenizer_config.json").get("chat_template")
     return found if isinstance(found, str) else None
 
 
+def _numbers(checkpoint: Checkpoint, name: str, value: Any) -> list[int]:
+    """A special token's ids: none, one or several."""
+    found = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(number) is int and number >= 0 for number in found):
+        raise CheckpointError(f"{checkpoint.folder}: {name} is {value!r:.80}, no token.", hint="Fetch its JSON again.")
+    return found
+
+
 def _json(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
-    if not (checkpoint.folder / name).exists():
-        return {}
-    value = json.loads(contained(checkpoint.folder, Path(name)).read_bytes())
-    return value if isinstance(value, dict) else {}
+    return read_json(checkpoint.folder, name) if (checkpoint.folder / name).exists() else {}
