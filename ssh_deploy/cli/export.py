@@ -25,6 +25,8 @@ def _choice(name: str, *values: str, text: str) -> Callable[[F], F]:
 @_choice("--task", *_TASKS, text="What the graph answers.")
 @_choice("--mode", "sidecar", "merged", text="Slots for adapters, or ΔW added to the weights.")
 @_choice("--dtype", "float32", "float16", text="Of stored weights; runs compute in float32.")
+@_choice("--quantize", "none", "int8", "int4", text="The base's linear layers; adapters stay exact.")
+@click.option("--block", type=int, default=32, show_default=True, help="Weights that share a scale, with --quantize.")
 @_choice("--adapter-dtype", "float16", "float32", text="Of adapter values.")
 @click.option("--opset", type=int, default=20, show_default=True, help="Of ONNX.")
 @_choice("--adapter-inputs", "optional", "required", text="required: for bindings that drop optional inputs.")

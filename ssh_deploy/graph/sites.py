@@ -66,8 +66,8 @@ def find_calls(graph: ir.Graph, *, root: str = "model") -> list[Call]:
     for node in graph:
         if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
             continue
-        weight, module = node.inputs[1], _module(node, root)
-        if weight is None or not _stored(weight) or weight.shape is None or len(weight.shape) != 2 or not module:
+        weight, module = node.inputs[1], module_of(node, root=root)
+        if weight is None or not is_stored(weight) or weight.shape is None or len(weight.shape) != 2 or not module:
             continue
         sides = [int(side) for side in weight.shape.numpy()]
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1
@@ -106,7 +106,8 @@ def require_slots(call: Call) -> None:
         )
 
 
-def _module(node: ir.Node, root: str) -> str:
+def module_of(node: ir.Node, *, root: str = "model") -> str:
+    """Path of the module that ``node`` was traced from, ``""`` where it does not say; ``root`` as in `find_calls`."""
     text = node.metadata_props.get(_SCOPES)
     scopes = ast.literal_eval(text) if text else []
     return str(scopes[-2]).removeprefix(root).removeprefix(".") if len(scopes) >= 2 else ""
@@ -118,7 +119,7 @@ def _call(node: ir.Node, module: str, inputs: int, outputs: int) -> Call:
     users = list(result.consumers())
     if node.op_type == "MatMul" and len(users) == 1 and users[0].op_type == "Add":
         bias = [v for v in users[0].inputs if v is not result]
-        if len(bias) == 1 and bias[0] is not None and _stored(bias[0]) and len(bias[0].shape or ()) == 1:
+        if len(bias) == 1 and bias[0] is not None and is_stored(bias[0]) and len(bias[0].shape or ()) == 1:
             nodes.append(users[0])
             result = users[0].outputs[0]
     rank = len(activation.shape) if activation.shape is not None else 3
@@ -132,12 +133,12 @@ def _call(node: ir.Node, module: str, inputs: int, outputs: int) -> Call:
     return Call(module, inputs, outputs, tuple(nodes), node, node.outputs[0], result, rank == 3)
 
 
-def _stored(value: ir.Value) -> bool:
+def is_stored(value: ir.Value) -> bool:
     """Whether a value is an initializer, or the Transpose or Cast of one (`precision.store_half`)."""
     node = value.producer()
     if node is None or node.op_type not in ("Cast", "Transpose"):
         return value.is_initializer()
-    return node.inputs[0] is not None and _stored(node.inputs[0])
+    return node.inputs[0] is not None and is_stored(node.inputs[0])
 
 
 def _batched(value: ir.Value) -> bool:

@@ -27,6 +27,8 @@ class ExportOptions:
     task: str = "auto"
     mode: str = "sidecar"
     dtype: str = "float32"
+    quantize: str = "none"
+    block: int = 32
     adapter_dtype: str = "float16"
     opset: int = 20
     adapter_inputs: str = "optional"
@@ -111,6 +113,7 @@ def describe(
         "head": head,
         "decoder": describe_decoder(job.checkpoint, traced),
         "dtype": job.options.dtype,
+        "quantized": None,
         "mode": job.options.mode,
         "adapters": {},
     }

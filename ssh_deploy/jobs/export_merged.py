@@ -9,14 +9,16 @@ from typing import Any
 from ssh_deploy.checkpoints.sampling import fingerprint_of
 from ssh_deploy.errors import AdapterMismatchError, GraphError, UnknownNameError, near_misses
 from ssh_deploy.graph.bank_file import Layout
-from ssh_deploy.graph.patching import apply_adapter, label_count, model_places
+from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, weighted_modules
 from ssh_deploy.graph.precision import store_half
+from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.storing import save_graph
-from ssh_deploy.graph.trace import load_torch, trace_model
+from ssh_deploy.graph.trace import Loaded, Traced, load_torch, trace_model
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_decoder import add_positions, copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
+from ssh_deploy.jobs.export_quantized import TOLERANCE, describe_quantized, quantize_graphs
 from ssh_deploy.jobs.progress import Progress
 
 
@@ -84,7 +86,24 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     want = validating.torch_outputs(loaded.model, inputs, traced.outputs)
     effect = validating.effect_of(want, before)
     got = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
-    return deployment, {"+".join(job.fitted): validating.compare("merged", got, want, effect=effect)}
+    checked = validating.compare("merged", got, want, effect=effect)
+    if options.quantize != "none":
+        answers, deployment["quantized"] = _quantize(job, folder / files.MODEL, loaded, traced, got)
+        want = validating.torch_outputs(loaded.model, inputs, traced.outputs)
+        checked = validating.compare("merged", answers, want, effect=effect, tolerance=TOLERANCE)
+    return deployment, {"+".join(job.fitted): checked}
+
+
+def _quantize(
+    job: Job, path: Path, loaded: Loaded, traced: Traced, float32: list[validating.Outputs]
+) -> tuple[list[validating.Outputs], dict[str, Any]]:
+    """Quantise the graph at ``path``, and the torch model with it; answers and the field of `deployment.json`."""
+    prefix = f"{loaded.model.base_model_prefix}."
+    heads = [name for name in weighted_modules(loaded.model) if job.headed and not name.startswith(prefix)]
+    made = quantize_graphs(job, [path], traced, keep=heads)
+    hold_quantized(loaded.model, traced.graph)
+    answers = validating.Runner(path, traced.outputs)(validating.inputs_for(loaded))
+    return answers, describe_quantized(job, made, {"": answers}, {"": float32})
 
 
 def _names(task: str) -> tuple[str, ...]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from ssh_deploy.graph.bank_file import AXES, Arrays, Layout, slot_kind
 from ssh_deploy.graph.guard import CONTRACT, add_guard, guard_shape
 from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, rounded
 from ssh_deploy.graph.precision import store_half
+from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Slotted, add_slots
 from ssh_deploy.graph.storing import save_graph
@@ -29,6 +31,7 @@ from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_decoder import add_positions, copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.export_plan import plan_slots
+from ssh_deploy.jobs.export_quantized import TOLERANCE, describe_quantized, quantize_graphs
 from ssh_deploy.jobs.folder_adapters import rows_of, write_adapter
 from ssh_deploy.jobs.progress import Progress
 from ssh_deploy.transforms import get_transform
@@ -92,7 +95,16 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     for name, fitted in job.fitted.items():
         rows[name] = rows_of(fitted, layout, checkpoint, headless=not job.headed)
         deployment["adapters"][name] = write_adapter(folder, name, fitted, rows[name], layout)
-    checks = _validate(job, folder, plain, loaded, traced, layout, rows, progress)
+    weights = round_weights if options.dtype == "float16" else None
+    checks, answers = _validate(job, folder, plain, loaded, traced, layout, rows, progress, weights=weights)
+    if options.quantize != "none":
+        made = quantize_graphs(job, [plain, folder / files.MODEL], traced, keep=[m for m, *_ in slotted.heads])
+        weights = partial(hold_quantized, graph=traced.graph)
+        weights(loaded.model)
+        checks, quantized = _validate(
+            job, folder, plain, loaded, traced, layout, rows, progress, weights=weights, tolerance=TOLERANCE
+        )
+        deployment["quantized"] = describe_quantized(job, made, quantized, answers)
     for left in folder.glob(".plain.onnx*"):
         left.unlink()
     return deployment, checks
@@ -126,7 +138,11 @@ def _validate(
     layout: Layout,
     rows: Mapping[str, Arrays],
     progress: Progress,
-) -> dict[str, validating.Checked]:
+    *,
+    weights: Callable[[Any], None] | None,
+    tolerance: float | None = None,
+) -> tuple[dict[str, validating.Checked], dict[str, list[validating.Outputs]]]:
+    """Checks and answers by adapter (``""``: none); ``weights`` gives a torch model the graph's stored numbers."""
     inputs = validating.inputs_for(loaded)
     names = traced.outputs
     required = files.no_adapter(layout) if job.options.adapter_inputs == "required" and layout.kinds else None
@@ -135,14 +151,15 @@ def _validate(
     nothing = runner(inputs)
     validating.identical(job.base, nothing, _cut(unchanged, nothing))
     want = validating.torch_outputs(loaded.model, inputs, names)
-    checks = {"": validating.compare("no adapter", nothing, _cut(want, nothing))}
+    checks = {"": validating.compare("no adapter", nothing, _cut(want, nothing), tolerance=tolerance)}
+    answers = {"": nothing}
     for i, (name, fitted) in enumerate(job.fitted.items()):
         progress("validate", i, len(job.fitted))
         adapter = rounded(fitted.adapter, layout.adapter_dtype)
         labels = label_count(adapter, loaded.model) if job.headed else None
         own = load_torch(job.checkpoint, job.task, labels=labels).model
-        if job.options.dtype == "float16":
-            round_weights(own)
+        if weights is not None:
+            weights(own)
         apply_adapter(own, adapter, model_places(adapter, own, job.checkpoint.config), head=job.headed)
         want = validating.torch_outputs(own, inputs, names)
         if required is None:
@@ -151,8 +168,9 @@ def _validate(
             got = runner(inputs, arrays={k: v[None] for k, v in rows[name].items()})
         deltas = {k: v[None] for k, v in rows[name].items() if not k.startswith("adapter_head.")}
         effect = _effect(name, fitted, runner(inputs, arrays=deltas), nothing, got)
-        checks[name] = validating.compare(name, got, want, effect=effect)
-    return checks
+        checks[name] = validating.compare(name, got, want, effect=effect, tolerance=tolerance)
+        answers[name] = got
+    return checks, answers
 
 
 def _effect(name: str, fitted: Fitted, deltas_only: Any, nothing: Any, whole: Any) -> float:

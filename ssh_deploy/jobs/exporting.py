@@ -18,6 +18,7 @@ from ssh_deploy.checkpoints.whole import whole_folder
 from ssh_deploy.errors import GraphError, UnknownNameError
 from ssh_deploy.graph.bank_file import onnxruntime
 from ssh_deploy.graph.lowering import LOWERINGS
+from ssh_deploy.graph.quantizing import check_quantization
 from ssh_deploy.graph.trace import resolve_task
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
@@ -127,6 +128,8 @@ def export_model(
 
 
 def _check_options(options: ExportOptions, adapters: int) -> None:
+    if options.quantize != "none":
+        check_quantization(options.quantize, options.block)
     merged = options.mode == "merged"
     unknown = [kind for kind in options.kinds if kind not in LOWERINGS]
     if unknown:
@@ -157,6 +160,7 @@ def _provenance(
             "task": job.task,
             "mode": job.options.mode,
             "dtype": job.options.dtype,
+            "quantize": job.options.quantize,
             "opset": job.options.opset,
             "adapter_dtype": deployment["adapter_dtype"],
         },

@@ -160,6 +160,8 @@ def model_card(deployment: Mapping[str, Any]) -> str:
         if deployment["kinds"]
         else "no slots"
     )
+    quantized = deployment["quantized"]
+    stored = f"{quantized['scheme']} and {deployment['dtype']}" if quantized else deployment["dtype"]
     return f"""---
 library_name: onnx
 base_model: {deployment["base"]}
@@ -168,7 +170,7 @@ pipeline_tag: {deployment["task"]}
 
 # {deployment["base"]}, {deployment["task"]}, ONNX
 
-Exported by ssh-deploy ({deployment["mode"]}, opset {deployment["opset"]}, {deployment["dtype"]}): {slots}.
+Exported by ssh-deploy ({deployment["mode"]}, opset {deployment["opset"]}, {stored}): {slots}.
 
 {table}
 With ssh-deploy:

@@ -105,13 +105,20 @@ class Runner:
         return answers
 
 
-def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effect: float | None = None) -> Checked:
+def compare(
+    what: str,
+    got: Sequence[Outputs],
+    want: Sequence[Outputs],
+    *,
+    effect: float | None = None,
+    tolerance: float | None = None,
+) -> Checked:
     """Differences of ``got`` from torch's ``want``.
 
     Raises:
-        VerificationError: shapes differ, or numbers by more than `TOLERANCE` (`DECODER_TOLERANCE`).
+        VerificationError: shapes differ, or numbers by more than ``tolerance`` (None: `tolerance_of` the outputs).
     """
-    tolerance = tolerance_of(want[0])
+    tolerance = tolerance_of(want[0]) if tolerance is None else tolerance
     worst, spread = 0.0, 0.0
     for mine, theirs in zip(got, want, strict=True):
         for name, right in theirs.items():

@@ -1,0 +1,98 @@
+"""Weights as small integers in blocks, each with its own scale and zero: what onnxruntime's MatMulNBits reads.
+
+A row of a weight is cut into blocks of ``block`` numbers, w ≈ scale · (code − zero), codes of ``bits`` bits laid over
+the range of the block, zero included. Choosing a shorter range of least squared error instead, and
+clipping what lies beyond, makes the weights' error 12 % smaller and a language model no better (SmolLM2-135M at 4 bits:
+perplexity 54.9 instead of 54.3): the few large numbers matter more than their squares say.
+
+Layout, as onnxruntime documents `com.microsoft.MatMulNBits`: codes uint8 [rows, blocks, block·bits/8], at 4 bits the
+first of two in the low half; scales f32 [rows, blocks]; zeros uint8 [rows, ⌈blocks·bits/8⌉], packed likewise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_CHUNK = 1 << 20  # numbers at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """A quantised weight [rows, cols], arrays as the module's docstring says."""
+
+    shape: tuple[int, int]
+    bits: int
+    block: int
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.uint8]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all three arrays."""
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def dense(self) -> NDArray[np.float32]:
+        """The weight that these numbers stand for, f32 [rows, cols]."""
+        rows, cols = self.shape
+        count = self.scales.shape[1]
+        codes = _unpacked(self.codes.reshape(rows, -1), self.bits).reshape(rows, count, self.block)
+        zeros = _unpacked(self.zeros, self.bits)[:, :count, None]
+        values = (codes.astype(np.float32) - zeros) * self.scales[..., None]
+        return values.reshape(rows, -1)[:, :cols]
+
+
+def quantize_blocks(weight: NDArray[Any], *, bits: int, block: int) -> Blocks:
+    """``weight`` in blocks along its second side, a short last block filled with zeros.
+
+    Args:
+        weight: float [rows, cols], finite.
+        bits: 4 or 8.
+        block: numbers that share a scale: a power of two, at least 16.
+    """
+    rows, cols = weight.shape
+    count = -(-cols // block)
+    codes = np.empty((rows, count, block * bits // 8), np.uint8)
+    scales = np.empty((rows, count), np.float32)
+    zeros = np.empty((rows, -(-count * bits // 8)), np.uint8)
+    step = max(1, _CHUNK // (count * block))
+    for first in range(0, rows, step):
+        part = np.zeros((min(step, rows - first), count * block), np.float32)
+        part[:, :cols] = weight[first : first + step]
+        made, scale, zero = _rounded(part.reshape(-1, count, block), bits)
+        here = slice(first, first + len(part))
+        codes[here] = _packed(made.reshape(len(part), -1), bits).reshape(len(part), count, -1)
+        scales[here], zeros[here] = scale, _packed(zero, bits)
+    return Blocks((rows, cols), bits, block, codes, scales, zeros)
+
+
+def _rounded(
+    values: NDArray[np.float32], bits: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    """Codes [rows, blocks, block], scales and zeros [rows, blocks]."""
+    top = np.float32((1 << bits) - 1)
+    low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)  # 0 always has a code
+    scales = (high - low) / top
+    scales[scales == 0] = 1
+    zeros = np.clip(np.rint(-low / scales), 0, top)
+    codes = np.clip(np.rint(values / scales[..., None]) + zeros[..., None], 0, top)
+    return codes.astype(np.uint8), scales, zeros.astype(np.uint8)
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Codes [rows, n] as bytes [rows, ⌈n·bits/8⌉]."""
+    if bits == 8:
+        return codes
+    even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
+    packed: NDArray[np.uint8] = even[:, ::2] | even[:, 1::2] << 4
+    return packed
+
+
+def _unpacked(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        return codes
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)

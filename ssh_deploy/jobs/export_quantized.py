@@ -1,0 +1,118 @@
+"""Export with a quantised base: the float32 graph is validated first, then stored in 8 or 4 bits and held against that.
+
+Three questions again, each apart from the others: does the quantised graph compute what torch computes *with the
+dequantised weights and the adapter* (kernels and slots are right); is it the quantised plain graph, bit for bit, when
+no adapter is named; how far is the quantised base from the float32 one, and an adapter's effect on it from its effect
+there (reported, never an error: an adapter is not to blame for its base).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from ssh_deploy.graph.quantizing import Quantized, quantize_weights
+from ssh_deploy.graph.storing import save_graph
+from ssh_deploy.graph.trace import Traced
+from ssh_deploy.jobs.export_job import Job
+from ssh_deploy.jobs.validating import Outputs
+
+#: Largest difference allowed between a quantised graph and torch with its dequantised weights, as a share of the spread
+#: of torch's outputs (at least 1): MatMulNBits rounds activations to 8 bits at every layer.
+TOLERANCE = 0.1
+
+
+def quantize_graphs(job: Job, paths: Sequence[Path], traced: Traced, *, keep: Collection[str]) -> Quantized:
+    """Quantise saved graphs, each in its old place; what the pass says of the last one is returned.
+
+    Args:
+        job: with a ``quantize`` among its options.
+        paths: of float32 graphs on disk; the last is that of ``traced``, those before it are quantised alike.
+        traced: changed in place.
+        keep: modules left in float32 (heads).
+    """
+    for path in paths:
+        model = traced.graph if path == paths[-1] else ir.load(path)
+        made = quantize_weights(
+            model, scheme=job.options.quantize, block=job.options.block, keep=keep, embedding=traced.embedding
+        )
+        replace_graph(model, path)
+    return made
+
+
+def replace_graph(model: ir.Model, path: Path) -> None:
+    """Write ``model`` over the graph at ``path``, from which it may still read what it kept."""
+    folder = path.with_name(".quantized")
+    folder.mkdir()
+    save_graph(model, folder / path.name)
+    for file in folder.iterdir():
+        file.replace(path.with_name(file.name))
+    folder.rmdir()
+
+
+def drift(got: list[Outputs], want: list[Outputs]) -> dict[str, float]:
+    """How far the first output is from the float32 base's: ``max`` and ``rms``, as shares of its spread."""
+    mine, theirs = _flat(got), _flat(want)
+    if not theirs.size:
+        return {"max": 0.0, "rms": 0.0}
+    apart, spread = mine - theirs, max(float(np.ptp(theirs)), 1e-30)
+    return {"max": float(np.abs(apart).max()) / spread, "rms": float(np.sqrt(np.square(apart).mean())) / spread}
+
+
+def kept_effect(
+    quantized: tuple[list[Outputs], list[Outputs]], float32: tuple[list[Outputs], list[Outputs]]
+) -> float | None:
+    """Cosine between an adapter's change of the first output on the quantised base and on the float32 one.
+
+    Args:
+        quantized: answers with the adapter and without.
+        float32: likewise.
+
+    Returns:
+        None where a change is zero or of another number of labels.
+    """
+    changes = []
+    for with_it, without in (quantized, float32):
+        on, off = _flat(with_it), _flat(without)
+        if on.shape != off.shape:
+            return None
+        changes.append(on - off)
+    size = float(np.linalg.norm(changes[0]) * np.linalg.norm(changes[1]))
+    return float(changes[0] @ changes[1]) / size if size else None
+
+
+def describe_quantized(
+    job: Job, made: Quantized, quantized: Mapping[str, list[Outputs]], float32: Mapping[str, list[Outputs]]
+) -> dict[str, Any]:
+    """The field ``quantized`` of `deployment.json`, and a note for people.
+
+    Args:
+        job: told what people should know.
+        made: what the pass did.
+        quantized: answers of the quantised graph by adapter, ``""`` without one.
+        float32: answers of the float32 graph, likewise.
+    """
+    drifted = drift(quantized[""], float32[""])
+    effects = {
+        name: kept_effect((quantized[name], quantized[""]), (float32[name], float32[""])) for name in quantized if name
+    }
+    eight = sum(bits == 8 for bits in made.modules.values())
+    job.notes.append(
+        f"{made.scheme}: {len(made.modules)} weights ({eight} of them in 8 bits), {made.before / 1e6:.1f} MB as "
+        f"{made.after / 1e6:.1f} MB; the base is {drifted['rms']:.1e} of its spread off float32 (rms)"
+    )
+    job.notes += [
+        f"{name}: its effect on the quantised base has cosine {cosine:.3f} with that on the float32 one"
+        for name, cosine in effects.items()
+        if cosine is not None
+    ]
+    return {**made.as_dict(), "drift": drifted, "effects": effects}
+
+
+def _flat(answers: list[Outputs]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    name = next(iter(answers[0]))
+    return np.concatenate([answer[name].astype(np.float64).reshape(-1) for answer in answers])
