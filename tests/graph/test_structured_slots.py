@@ -215,15 +215,17 @@ def test_ids_that_mean_nothing_are_errors(kind, fed, ids):
     ("part", "value"), [("rows", 24), ("cols", 36), ("rows", "ascending"), ("rows", 65535), ("cols", 65535)]
 )
 def test_places_that_mean_nothing_are_errors(part, value):
+    """Also where what they mean instead lies in another row of the batch, which then is the base."""
     case = Layers({"a": layer(24, 36)}, kinds=("sparse",))
-    feeds = case.feeds(places(case, 1))
-    array = feeds[f"adapter_sparse_{part}"]
+    banks, _ = stack_rows([case.rows(places(case, 1))], case.layout)
+    array, ids = banks[f"adapter_sparse_{part}"], np.array([1, 0, 0])
+    case.run(tokens(case, 3, 3), **banks, adapter_sparse_ids=ids)
     if value == "ascending":
         array[...] = np.sort(array, axis=-1)
     else:
-        array[0, 0, 0] = value
+        array[1, 0, 0] = value
     with pytest.raises(Exception, match=r"(?i)error|invalid"):
-        case.run(tokens(case, 2, 3), **feeds)
+        case.run(tokens(case, 3, 3), **banks, adapter_sparse_ids=ids)
 
 
 def test_float32_values_keep_every_bit():

@@ -299,11 +299,7 @@ def test_a_decoder_generates_what_torch_does_and_a_shift_needs_no_bias(tmp_path)
     adapters = {
         "ssf": ("q_proj", (48, 48), {"ssf_scale": normal(rng, 48), "ssf_shift": normal(rng, 48)}),
         "hra": ("o_proj", (48, 48), {"hra_u": normal(rng, 48, 3)}),
-        "shira": (
-            "v_proj",
-            (24, 48),
-            {"shira_weight": values, "shira_indices": np.stack([rows, cols]).astype(np.int32)},
-        ),
+        "shira": ("v_proj", (24, 48), {"shira_weight": values, "shira_indices": places}),
     }
     for name, (end, shape, parts) in adapters.items():
         modules = [f"model.layers.{i}.self_attn.{end}" for i in (0, 1)]
