@@ -153,19 +153,23 @@ def test_the_folder_says_what_generation_needs(decoder):
 
 
 @pytest.mark.slow
-def test_special_tokens_and_the_template_come_from_wherever_they_are(decoder, tmp_path):
+def test_special_tokens_from_wherever_they_are_in_a_graph_of_halves_with_required_inputs(decoder, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(decoder[0], base)
     (base / "chat_template.jinja").rename(tmp_path / "template")
     tokenizer = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"chat_template": "{{ 'hé' }}"}))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 7], "bos_token_id": None}))
-    export_model(base, [], tmp_path / "out", options=ExportOptions(adapter_inputs="required"))
+    options = ExportOptions(adapter_inputs="required", dtype="float16")
+    export_model(base, [str(decoder[1]["red"])], tmp_path / "out", options=options)
     found = open_folder(tmp_path / "out").decoder
     assert (found.eos, found.bos, found.chat_template) == ((1, 7), 0, "chat_template.jinja")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ 'hé' }}"
     assert found.logits_at is None  # bindings that drop optional inputs get none
     assert session(tmp_path / "out").get_overridable_initializers() == []
+    full, half = ((out / "model.onnx.data").stat().st_size for out in (decoder[2], tmp_path / "out"))
+    assert half < 0.6 * full
+    assert verify_target(base, decoder[1]["red"], tmp_path / "out").ok
 
 
 def test_tied_embeddings_are_stored_once(decoder):
