@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.checkpoints.names import match_modules
@@ -19,6 +20,10 @@ from ssh_deploy.errors import AdapterMismatchError
 
 if TYPE_CHECKING:
     import torch
+
+
+#: By module path: weight [out, in] and bias float64 [out] of the base, before any adapter.
+Originals = dict[str, tuple["torch.Tensor", NDArray[np.float64] | None]]
 
 
 def weighted_modules(model: Any) -> list[str]:
@@ -41,7 +46,13 @@ def model_places(adapter: Adapter, model: Any, config: Mapping[str, Any]) -> dic
 
 
 def apply_adapter(
-    model: Any, adapter: Adapter, places: Mapping[str, str], *, scale: float = 1.0, head: bool = True
+    model: Any,
+    adapter: Adapter,
+    places: Mapping[str, str],
+    *,
+    scale: float = 1.0,
+    head: bool = True,
+    originals: Originals | None = None,
 ) -> None:
     """Add every ΔW to the model's weights and put the adapter's heads in the place of the model's, in place.
 
@@ -51,6 +62,7 @@ def apply_adapter(
         places: as `model_places` gave them.
         scale: factor on ΔW.
         head: whether heads are replaced too.
+        originals: one dict for several adapters in a row: changes that depend on the weight then read the base's own.
 
     Raises:
         AdapterMismatchError: a head that the model has no place for, or of another shape.
@@ -60,23 +72,31 @@ def apply_adapter(
     modules = dict(model.named_modules())
     with torch.no_grad():
         for path, delta in adapter.deltas.items():
-            weight = modules[places[path]].weight
-            transposed = type(modules[places[path]]).__name__ == "Conv1D"  # GPT-2 stores [in, out]
-            own = weight.detach().T if transposed else weight.detach()
-            if isinstance(delta, RelativeDelta):  # first: it may read the weight
-                _change_bias(modules[places[path]], delta, own, scale)
-            after = delta.add_to(own.clone(memory_format=torch.contiguous_format), scale=scale)
-            weight.copy_(after.T if transposed else after)
+            module = modules[places[path]]
+            transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores [in, out]
+            weight = module.weight.detach().T if transposed else module.weight.detach()
+            own, bias = weight, _bias_of(module)
+            if originals is not None:
+                own, bias = originals.setdefault(places[path], (weight.clone(), bias))
+            if isinstance(delta, RelativeDelta):
+                _change_bias(module, delta.bias_change_beside(bias, own.float().numpy), scale)
+                after = weight + scale * delta.change(own)
+            else:
+                after = delta.add_to(weight.clone(memory_format=torch.contiguous_format), scale=scale)
+            module.weight.copy_(after.T if transposed else after)
         for path, replaced in adapter.replaced.items() if head else ():
             _replace(modules, adapter, path, replaced)
 
 
-def _change_bias(module: Any, delta: RelativeDelta, weight: torch.Tensor, scale: float) -> None:
+def _bias_of(module: Any) -> NDArray[np.float64] | None:
+    bias = getattr(module, "bias", None)  # an embedding has none
+    return None if bias is None else bias.detach().double().numpy().copy()
+
+
+def _change_bias(module: Any, change: NDArray[np.float64] | None, scale: float) -> None:
     import torch
 
-    own = getattr(module, "bias", None)  # an embedding has none
-    own = None if own is None else own.detach().double().numpy()
-    change = delta.bias_change_beside(own, weight.float().numpy)
+    own = _bias_of(module)
     if change is None or (own is None and not np.any(change)):
         return
     after = torch.from_numpy(scale * change if own is None else own + scale * change).to(module.weight.dtype)

@@ -9,7 +9,7 @@ from typing import Any
 from ssh_deploy.checkpoints.sampling import fingerprint_of
 from ssh_deploy.errors import AdapterMismatchError, GraphError, UnknownNameError, near_misses
 from ssh_deploy.graph.bank_file import Layout
-from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, weighted_modules
+from ssh_deploy.graph.patching import Originals, apply_adapter, label_count, model_places, weighted_modules
 from ssh_deploy.graph.precision import store_half
 from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.storing import save_graph
@@ -37,9 +37,11 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     if adapter is not None:
         loaded = load_torch(checkpoint, job.task, labels=label_count(adapter, loaded.model))
     before = validating.torch_outputs(loaded.model, validating.inputs_for(loaded), _names(job.task))
+    originals: Originals | None = {} if len(job.fitted) > 1 else None
     for (name, fitted), weight in zip(job.fitted.items(), weights, strict=True):
         places = model_places(fitted.adapter, loaded.model, checkpoint.config)
-        apply_adapter(loaded.model, fitted.adapter, places, scale=weight, head=name == source)
+        head = name == source
+        apply_adapter(loaded.model, fitted.adapter, places, scale=weight, head=head, originals=originals)
     left = loaded.missing - frozenset(adapter.replaced if adapter is not None else ())
     loaded = replace(loaded, missing=left)
     check_missing(job, loaded)

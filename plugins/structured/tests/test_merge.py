@@ -10,7 +10,10 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel
 
+from ssh_deploy.adapters.fitting import fit
+from ssh_deploy.checkpoints.index import open_checkpoint
 from ssh_deploy.cli.main import main
+from ssh_deploy.graph.patching import apply_adapter, model_places
 from ssh_deploy.testing import write_peft_example
 
 pytestmark = [
@@ -126,6 +129,27 @@ def test_several_families_at_once(bases, tmp_path):
     assert done.exit_code == 0, done.output
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert error(tensor, want[name]) <= 2e-6, name
+
+
+@pytest.mark.parametrize("order", [("ia3", "hra", "shira"), ("shira", "hra", "ia3")])
+def test_torch_itself_adds_up_changes_of_the_bases_own_weights(bases, tmp_path, order):
+    """`apply_adapter`, which merged graphs are traced with, against the merged checkpoint; on the same modules."""
+    base = bases("bert")
+    for case in order:
+        _, config, fields = CASES[case]
+        trained(base, config, {**fields, "target_modules": BOTH}, tmp_path / case)
+    paths = [tmp_path / case for case in order]
+    weights = (0.5, 0.75, 1.25)
+    words = [word for weight in weights for word in ("--weight", weight)]
+    done = run("merge", base, *paths, *words, "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    model, checkpoint, originals = AutoModel.from_pretrained(base), open_checkpoint(base), {}
+    for path, weight in zip(paths, weights, strict=True):
+        adapter = fit(path, checkpoint).adapter
+        places = model_places(adapter, model, checkpoint.config)
+        apply_adapter(model, adapter, places, scale=weight, originals=originals)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert error(model.state_dict()[name].numpy(), tensor) <= 2e-6, name
 
 
 def without_biases(base, folder):
