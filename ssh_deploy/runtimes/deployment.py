@@ -109,7 +109,7 @@ class Deployment:
             max_coefficients: n of the widest adapter that may be loaded; every resident adapter takes that much room.
                 None: that of the folder's widest, 1,024 when it has none.
             max_labels: of the widest head that may be loaded, likewise; None: the folder's widest, at least 16.
-            max_rank: of low-rank adapters, likewise; None: the folder's highest, 16 when it has none.
+            max_rank: of low-rank adapters and reflections, likewise; None: the folder's highest, 16 when it has none.
             providers: ONNX Runtime's execution providers; None takes CUDA where it is there, else the CPU.
 
         Raises:
