@@ -2,9 +2,9 @@
 
 Every linear layer of the base (`sites.find_calls`) becomes one `com.microsoft.MatMulNBits`, which dequantises block by
 block inside its kernel and adds the bias there: onnxruntime would move the bias in only where no slot's addition lies
-between, and a slot without an adapter would not have the plain graph's bits. What belongs to adapters is left as it is: their inputs, the
-transforms' factors (constants of the graph with no module), heads. An output embedding tied to the input's shares its
-codes with it through GatherBlockQuantized: one copy of the largest weight of a small decoder, and the same numbers.
+between, and a slot without an adapter would not have the plain graph's bits. What belongs to adapters is left as it
+is: their inputs, the transforms' factors (constants of the graph with no module), heads. An output embedding tied to
+the input's shares its codes with it through GatherBlockQuantized: one copy of the largest weight of a small decoder.
 
 `int4` stores a few weights in 8 bits, which costs a tenth of the file and saves most of the damage. SmolLM2-135M, 2,300
 tokens, perplexity 41.6 and 545 MB in float32: all in 4 bits 59.4 (90 MB); the embedding in 8 bits 54.3 (104 MB); values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +35,19 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``agreement``: share of rows (or tokens) with the same largest output; ``rows`` compared."""
+    """What the comparison found.
+
+    Attributes:
+        ok: within ``tolerance``, and no prompt written apart.
+        max_abs_diff: of outputs from torch's.
+        agreement: share of rows (or tokens) with the same largest output.
+        rows: compared.
+        tolerance: largest difference allowed.
+        target: what was compared, for people.
+        written: of decoders.
+        quantized: of folders with a quantised base: what `deployment.json` says of it, ``drift`` of the base and
+            ``effects`` of its adapters from those on the float32 base among it.
+    """
 
     ok: bool
     max_abs_diff: float
@@ -44,11 +56,11 @@ class Verdict:
     tolerance: float
     target: str
     written: Written | None = None
+    quantized: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For ``--json``; ``written`` only of decoders."""
-        fields = asdict(self)
-        return fields if self.written is not None else {k: v for k, v in fields.items() if k != "written"}
+        """For ``--json``; ``written`` only of decoders, ``quantized`` only of quantised bases."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
     def lines(self) -> list[str]:
         """For people."""
@@ -62,4 +74,6 @@ class Verdict:
             )
             if written.perplexity is not None:
                 lines.append(f"  perplexity {written.perplexity:.5g}, torch's {written.perplexity_torch:.5g}")
+        if (stored := self.quantized) is not None:
+            lines.append(f"  base in {stored['scheme']}: {stored['drift']['rms']:.1e} of its spread off float32 (rms)")
         return lines

@@ -1,25 +1,31 @@
 """Torch with an adapter's ΔW in its weights against what was made of it: a merged checkpoint or an exported folder.
 
-The reference is the base in float32 plus the dense delta. An exported folder is run by plain onnxruntime: with the
-folder's own `.onnx_adapter` where it holds this adapter (by content digest), else with arrays made for its slots.
+The reference is the base in float32 plus the dense delta; for a folder with a quantised base it is the numbers that
+graph stores plus the delta, for an adapter is not to blame for its base, whose own distance is told apart. An exported
+folder is run by plain onnxruntime: with the folder's own `.onnx_adapter` where it holds this adapter (by content
+digest), else with arrays made for its slots.
 Decoders are also asked to go on writing (`verifying_decoder`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from ssh_deploy.adapters.fitting import Fitted, fit
 from ssh_deploy.checkpoints.index import Checkpoint, open_checkpoint
 from ssh_deploy.errors import DeploymentError, VerificationError
 from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, rounded
+from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.trace import CLASSES, example_inputs, load_torch, resolve_task
 from ssh_deploy.jobs import folder_files as files
+from ssh_deploy.jobs.export_quantized import TOLERANCE as QUANTIZED
 from ssh_deploy.jobs.folder_adapters import layout_of, rows_of
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.validating import Outputs, Runner, torch_outputs
@@ -76,6 +82,11 @@ def verify_target(
     names: tuple[str, ...] = ("last_hidden_state",) if task == "feature-extraction" else ("logits",)
     if loaded.cache is not None:
         names = (*names, *loaded.cache.outputs)
+    quantized = read_json(target, files.DEPLOYMENT).get("quantized") if exported else None
+    share = TOLERANCES[dtype]
+    if quantized is not None:
+        hold_quantized(model, ir.load(contained(target, files.MODEL)))
+        share = QUANTIZED
     held = _as_held(fitted, target) if exported else fitted.adapter
     apply_adapter(model, held, model_places(held, model, checkpoint.config), head=headed)
     run = _exported(target, fitted, checkpoint, names) if exported else _merged(target, task, names)
@@ -83,12 +94,13 @@ def verify_target(
     torch_run = partial(torch_outputs, model, names=names)
     if loaded.cache is not None:
         prompts = prompt_tokens(checkpoint, loaded, texts)
-        return decoder_verdict(run, torch_run, prompts, loaded, share=TOLERANCES[dtype], target=kind, progress=progress)
+        found = decoder_verdict(run, torch_run, prompts, loaded, share=share, target=kind, progress=progress)
+        return replace(found, quantized=quantized)
     inputs = _text_inputs(checkpoint, model, texts) if texts else _example_rows(model)
     want = torch_run(inputs)
     got = run(inputs)
     progress("verify", 3, 3)
-    return _verdict(got, want, TOLERANCES[dtype], kind)
+    return replace(_verdict(got, want, share, kind), quantized=quantized)
 
 
 def _verdict(got: Sequence[Outputs], want: Sequence[Outputs], share: float, target: str) -> Verdict:
