@@ -113,6 +113,24 @@ def test_any_shape_is_the_definition(kind, n_out, n_in, batch, length, bias):
     close(case.run(x, **case.feeds(adapter)), case.answers(adapter, x))
 
 
+@pytest.mark.parametrize("n", [27, 28, 300, 864])
+def test_few_values_are_summed_and_many_multiplied(n):
+    """Either side of a 32nd of 24×36; the same answers, also for an adapter padded into the wider bank."""
+    case = Layers({"a": layer(24, 36), "b": layer(20, 36, 1)}, kinds=("sparse",))
+    adapters = [places(case, 1, n=n), places(case, 2, n=5)]
+    first = adapters[1].deltas["a"]
+    first.rows[0] = first.cols[0] = 0  # the place that padding names, too
+    banks, _ = stack_rows([case.rows(adapter) for adapter in adapters], case.layout)
+    x = tokens(case, 3, 4)
+    mixed = case.run(x, **banks, adapter_sparse_ids=np.array([2, 1, 0]))
+    for i, adapter in ((0, adapters[1]), (1, adapters[0])):
+        close([out[i : i + 1] for out in mixed], case.answers(adapter, x[i : i + 1]))
+        alone = case.run(x[i : i + 1], **banks, adapter_sparse_ids=np.array([2 - i]))
+        for one, other in zip(alone, mixed, strict=True):
+            np.testing.assert_array_equal(one, other[i : i + 1])
+    close([out[2:] for out in mixed], case.plain.run(None, {"x": x[2:]}))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kinds", [*[(kind,) for kind in KINDS], ("hartley", "lowrank", *KINDS)])
 def test_without_an_adapter_every_bit_is_the_plain_graphs(bias, kinds):
