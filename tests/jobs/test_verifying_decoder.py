@@ -111,7 +111,7 @@ def test_without_a_tokenizer_random_rows_are_compared(decoder, tmp_path):
     assert (verdict.ok, verdict.written.prompts, verdict.written.same) == (True, 20, 20)
 
 
-def test_a_graph_that_forgets_its_cache_is_found_out(decoder):
+def test_a_graph_that_forgets_its_cache_is_found_out():
     """Logits of prompts alone would agree: only the writing shows it."""
     shape = CacheShape(1, 1, 2)
     table = np.random.default_rng(0).normal(size=(9, 9, 9))
