@@ -68,7 +68,8 @@ def cache_shape(model: Any) -> CacheShape:
             f"{name} keeps {sum(filled)} layers of shapes {sorted(shapes)} after two tokens, not one KV cache.",
             hint=hint,
         )
-    if not torch.allclose(*answer.logits[:, 0], atol=1e-4):
+    first, second = answer.logits[:, 0]
+    if not torch.allclose(first, second, atol=1e-4):
         raise GraphError(f"{name} is not causal: its answer to a token depends on the next one.", hint=hint)
     _, kv_heads, _, head_dim = next(iter(shapes))
     return CacheShape(len(filled), kv_heads, head_dim, _window(model.config))
