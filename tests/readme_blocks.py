@@ -138,3 +138,26 @@ def training_table() -> str:
         means = (f"δ = {delta}: {sum(v) / len(v):.4f} ({len(v)} seeds)" for delta, v in table.items())
         lines += [f"Share δ of coefficients chosen by energy ({found['ablation']['task']}): {', '.join(means)}."]
     return "\n".join(lines)
+
+
+def decoder_training_table() -> str:
+    """What `examples/train_decoder_adapters.py` measured: held-out perplexity, the effect anyone sees, an answer."""
+    found = results("train_decoder_adapters")
+    lines = [
+        "| adapter | method | perplexity | words | a pirate's | trained | file, f16 |",
+        "|---|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in found["adapters"].items():
+        models = {"none": found["base"][name], "SSH": row["ssh"]}
+        if "lora" in row:
+            models[f"LoRA r = {found['settings']['lora_rank']}"] = row["lora"]
+        for title, one in models.items():
+            trained = f"{one['parameters']:,}" if "parameters" in one else ""
+            size = f"{row['file']['bytes'] / 1000:.0f} kB" if title == "SSH" else ""
+            seen = f"{one['words']:.1f} | {one['pirate']:.0%}"
+            lines.append(f"| {name} | {title} | {one['test']:.1f} | {seen} | {trained} | {size} |")
+    lines += [
+        "",
+        "Held-out answers that share no line with training. Reproduce: `python examples/train_decoder_adapters.py`.",
+    ]
+    return "\n".join(lines)
