@@ -253,3 +253,17 @@ def test_an_adapter_is_added_without_exporting_again(decoder, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| late | ssh | 30 |" in card
     assert '--prompt "…"' in card
+
+
+def test_an_architecture_that_torch_cannot_trace_says_so_and_leaves_nothing(pico, tmp_path, monkeypatch):
+    import torch
+
+    def refuse(*args, **options):
+        raise RuntimeError("data-dependent branch\nand a page of stack")
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    with pytest.raises(
+        GraphError, match=r"(?s)cannot export LlamaForCausalLM: RuntimeError: data-dependent branch\n.*upgr"
+    ):
+        export_model(pico("llama", "causal-lm"), [], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
