@@ -24,6 +24,7 @@ def _choice(name: str, *values: str, text: str) -> Callable[[F], F]:
 @click.option("-o", "--out", required=True, type=click.Path(), help="New folder; must not exist.")
 @_choice("--task", *_TASKS, text="What the graph answers.")
 @_choice("--mode", "sidecar", "merged", text="Slots for adapters, or ΔW added to the weights.")
+@_choice("--builder", "torch", "genai", text="Who writes the graph; genai: decoders that onnxruntime-genai runs too.")
 @_choice("--dtype", "float32", "float16", text="Of stored weights; runs compute in float32.")
 @_choice("--quantize", "none", "int8", "int4", text="The base's linear layers; adapters stay exact.")
 @click.option("--block", type=int, default=32, show_default=True, help="Weights that share a scale, with --quantize.")

@@ -88,8 +88,7 @@ def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return codes
     even = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2)))
-    packed: NDArray[np.uint8] = even[:, ::2] | even[:, 1::2] << 4
-    return packed
+    return np.bitwise_or(even[:, ::2], np.left_shift(even[:, 1::2], np.uint8(4)), dtype=np.uint8)
 
 
 def _unpacked(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

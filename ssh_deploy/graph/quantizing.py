@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from ssh_deploy.errors import GraphError, UnknownNameError
 from ssh_deploy.graph.blockwise import Blocks, quantize_blocks
-from ssh_deploy.graph.sites import Call, find_calls, is_stored, module_of
+from ssh_deploy.graph.sites import Call, find_calls, is_stored
 
 #: Bits by the name of the quantisation.
 BITS = {"int8": 8, "int4": 4}
@@ -143,36 +143,26 @@ def quantize_weights(
     return Quantized(scheme, block, modules, shared, error, before, after)
 
 
-def hold_quantized(model: Any, graph: ir.Model) -> None:
-    """Give a torch model the weights that a quantised graph stands for, in place: the reference of that graph.
+def hold_quantized(model: Any, stated: Mapping[str, Any]) -> None:
+    """Round a torch model's weights to what their codes stand for, in place: the reference of a quantised graph.
 
     Args:
-        model: the torch model that the graph was traced from.
-        graph: after `quantize_weights`.
+        model: the torch model that the graph was traced from; for a merged graph with its adapters in it.
+        stated: as `Quantized.as_dict` gave it.
     """
     import torch
 
     modules, embedding = dict(model.named_modules()), model.get_input_embeddings()
-    shared = any(node.op_type == "GatherBlockQuantized" for node in graph.graph)
     with torch.no_grad():
-        for node in graph.graph:
-            if node.op_type != "MatMulNBits":
-                continue
-            module = modules[module_of(node)]
-            dense = torch.from_numpy(_stored_blocks(node).dense())
-            if type(module).__name__ == "Conv1D":  # GPT-2 stores [in, out]
-                dense = dense.T
-            if embedding is not None and module.weight is embedding.weight and not shared:
+        for path, bits in stated["modules"].items():
+            module = modules[path]
+            transposed = type(module).__name__ == "Conv1D"  # GPT-2 stores [in, out]
+            own = module.weight.detach().T if transposed else module.weight.detach()
+            dense = torch.from_numpy(quantize_blocks(own.numpy(), bits=bits, block=stated["block"]).dense())
+            if embedding is not None and module.weight is embedding.weight and not stated["shared_embedding"]:
                 module.weight = torch.nn.Parameter(dense, requires_grad=False)
             else:
-                module.weight.copy_(dense)
-
-
-def _stored_blocks(node: ir.Node) -> Blocks:
-    rows, cols, bits, block = (node.attributes[name].as_int() for name in ("N", "K", "bits", "block_size"))
-    arrays = [value.const_value.numpy() for value in node.inputs[1:4] if value is not None and value.const_value]
-    codes, scales, zeros = arrays
-    return Blocks((rows, cols), bits, block, codes, scales, zeros)
+                module.weight.copy_(dense.T if transposed else dense)
 
 
 def _bits(scheme: str, call: Call, embedding: str) -> int:
@@ -248,7 +238,8 @@ def _without_bias(product: ir.Value) -> ir.Value | None:
     graph, total = add.graph, add.outputs[0]
     assert graph is not None
     if total.is_graph_output():
-        result.name, total.name = total.name, result.name
+        name = total.name
+        total.name, result.name = result.name, name
     ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
     graph.remove(add, safe=True)
     return bias
@@ -298,7 +289,7 @@ def _swap(old: ir.Node, new: ir.Node) -> None:
     """Put ``new`` in the place of ``old``, its result under the old one's name."""
     graph, before, result = old.graph, old.outputs[0], new.outputs[0]
     assert isinstance(graph, ir.Graph)
-    result.shape, result.dtype = before.shape, before.dtype
+    result.shape, result.type = before.shape, before.type
     graph.insert_before(old, [new])
     ir.convenience.replace_all_uses_with(before, result, replace_graph_outputs=True)
     result.name, before.name = before.name, f"{before.name}/float"

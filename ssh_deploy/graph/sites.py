@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from ssh_deploy.errors import SlotError
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
+SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,7 +108,7 @@ def require_slots(call: Call) -> None:
 
 def module_of(node: ir.Node, *, root: str = "model") -> str:
     """Path of the module that ``node`` was traced from, ``""`` where it does not say; ``root`` as in `find_calls`."""
-    text = node.metadata_props.get(_SCOPES)
+    text = node.metadata_props.get(SCOPES)
     scopes = ast.literal_eval(text) if text else []
     return str(scopes[-2]).removeprefix(root).removeprefix(".") if len(scopes) >= 2 else ""
 

@@ -26,6 +26,7 @@ class ExportOptions:
 
     task: str = "auto"
     mode: str = "sidecar"
+    builder: str = "torch"
     dtype: str = "float32"
     quantize: str = "none"
     block: int = 32
@@ -100,7 +101,8 @@ def describe(
         "architecture": str(job.checkpoint.config.get("model_type", "")),
         "guard": list(layout.guard) if layout.kinds else None,  # a graph without slots carries none
         "task": job.task,
-        "opset": job.options.opset,
+        "opset": traced.graph.opset_imports[""],
+        "builder": job.options.builder,
         "adapter_dtype": job.options.adapter_dtype,
         "adapter_inputs": job.options.adapter_inputs,
         "outputs": [{"name": name} for name in traced.outputs],

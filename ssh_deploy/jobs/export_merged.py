@@ -13,12 +13,13 @@ from ssh_deploy.graph.patching import Originals, apply_adapter, label_count, mod
 from ssh_deploy.graph.precision import store_half
 from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.storing import save_graph
-from ssh_deploy.graph.trace import Loaded, Traced, load_torch, trace_model
+from ssh_deploy.graph.trace import Loaded, load_torch
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
-from ssh_deploy.jobs.export_decoder import add_positions, copy_template
+from ssh_deploy.jobs.export_decoder import copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
-from ssh_deploy.jobs.export_quantized import TOLERANCE, describe_quantized, quantize_graphs
+from ssh_deploy.jobs.export_quantized import compare, describe_quantized, quantize_graphs
+from ssh_deploy.jobs.export_trace import trace_base
 from ssh_deploy.jobs.progress import Progress
 
 
@@ -36,7 +37,8 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     adapter = job.fitted[source].adapter if source else None
     if adapter is not None:
         loaded = load_torch(checkpoint, job.task, labels=label_count(adapter, loaded.model))
-    before = validating.torch_outputs(loaded.model, validating.inputs_for(loaded), _names(job.task))
+    inputs = validating.inputs_for(loaded)
+    before = validating.torch_outputs(loaded.model, inputs, _names(job.task))
     originals: Originals | None = {} if len(job.fitted) > 1 else None
     for (name, fitted), weight in zip(job.fitted.items(), weights, strict=True):
         places = model_places(fitted.adapter, loaded.model, checkpoint.config)
@@ -50,9 +52,7 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
             f"{', '.join(sorted(left)[:3])} of the head is neither in {checkpoint.folder} nor in the adapter.",
             hint="Train with it in modules_to_save, or export with --task feature-extraction.",
         )
-    traced = trace_model(loaded, opset=options.opset)
-    if options.adapter_inputs == "optional":
-        add_positions(traced)
+    traced = trace_base(job, loaded, folder)
     progress("export", 1, 4)
     labels = list(adapter.labels) if adapter is not None and adapter.labels else list(traced.base_labels)
     if options.dtype == "float16":
@@ -61,13 +61,7 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     save_graph(traced.graph, folder / files.MODEL)
     progress("export", 2, 4)
     fingerprint = fingerprint_of(checkpoint, {p for f in job.fitted.values() for p in f.places.values()})
-    changes: dict[str, Any] = {"architectures": [type(loaded.model).__name__]}
-    if labels:
-        changes |= {
-            "id2label": {str(i): n for i, n in enumerate(labels)},
-            "label2id": {n: i for i, n in enumerate(labels)},
-        }
-    files.copy_companions(checkpoint, folder, changes)
+    files.copy_companions(checkpoint, folder, _config_changes(loaded, labels))
     copy_template(checkpoint, folder)
     files.write_samples(folder / files.FINGERPRINT, fingerprint)
     layout = Layout((), (), (), options.adapter_dtype, (0, 0, 0), {})
@@ -84,28 +78,33 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
         {"name": name, "weight": weight, "source_digest": f.adapter.digest, "family": f.adapter.family}
         for (name, f), weight in zip(job.fitted.items(), weights, strict=True)
     ]
-    inputs = validating.inputs_for(loaded)
     want = validating.torch_outputs(loaded.model, inputs, traced.outputs)
     effect = validating.effect_of(want, before)
     got = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
     checked = validating.compare("merged", got, want, effect=effect)
     if options.quantize != "none":
-        answers, deployment["quantized"] = _quantize(job, folder / files.MODEL, loaded, traced, got)
+        made = quantize_graphs(job, [folder / files.MODEL], traced, keep=_heads(job, loaded))
+        hold_quantized(loaded.model, made.as_dict())
+        answers = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
+        deployment["quantized"] = describe_quantized(job, made, {"": answers}, {"": got})
         want = validating.torch_outputs(loaded.model, inputs, traced.outputs)
-        checked = validating.compare("merged", answers, want, effect=effect, tolerance=TOLERANCE)
+        checked = compare("merged", answers, want, effect=effect)
     return deployment, {"+".join(job.fitted): checked}
 
 
-def _quantize(
-    job: Job, path: Path, loaded: Loaded, traced: Traced, float32: list[validating.Outputs]
-) -> tuple[list[validating.Outputs], dict[str, Any]]:
-    """Quantise the graph at ``path``, and the torch model with it; answers and the field of `deployment.json`."""
+def _config_changes(loaded: Loaded, labels: list[str]) -> dict[str, Any]:
+    """What config.json says of the merged model and the base's did not."""
+    changes: dict[str, Any] = {"architectures": [type(loaded.model).__name__]}
+    if labels:
+        changes["id2label"] = {str(i): n for i, n in enumerate(labels)}
+        changes["label2id"] = {n: i for i, n in enumerate(labels)}
+    return changes
+
+
+def _heads(job: Job, loaded: Loaded) -> list[str]:
+    """Modules behind the base model, which stay in float32."""
     prefix = f"{loaded.model.base_model_prefix}."
-    heads = [name for name in weighted_modules(loaded.model) if job.headed and not name.startswith(prefix)]
-    made = quantize_graphs(job, [path], traced, keep=heads)
-    hold_quantized(loaded.model, traced.graph)
-    answers = validating.Runner(path, traced.outputs)(validating.inputs_for(loaded))
-    return answers, describe_quantized(job, made, {"": answers}, {"": float32})
+    return [name for name in weighted_modules(loaded.model) if job.headed and not name.startswith(prefix)]
 
 
 def _names(task: str) -> tuple[str, ...]:

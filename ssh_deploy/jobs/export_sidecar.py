@@ -25,13 +25,14 @@ from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Slotted, add_slots
 from ssh_deploy.graph.storing import save_graph
-from ssh_deploy.graph.trace import Loaded, Traced, load_torch, trace_model
+from ssh_deploy.graph.trace import Loaded, Traced, load_torch
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
-from ssh_deploy.jobs.export_decoder import add_positions, copy_template
+from ssh_deploy.jobs.export_decoder import copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.export_plan import plan_slots
-from ssh_deploy.jobs.export_quantized import TOLERANCE, describe_quantized, quantize_graphs
+from ssh_deploy.jobs.export_quantized import compare, describe_quantized, quantize_graphs
+from ssh_deploy.jobs.export_trace import clear_scratch, trace_base
 from ssh_deploy.jobs.folder_adapters import rows_of, write_adapter
 from ssh_deploy.jobs.progress import Progress
 from ssh_deploy.transforms import get_transform
@@ -50,9 +51,7 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
             slot_kind(f"{name}: {module}", delta)
     loaded = load_torch(checkpoint, job.task)
     check_missing(job, loaded)
-    traced = trace_model(loaded, opset=options.opset)
-    if options.adapter_inputs == "optional":
-        add_positions(traced)
+    traced = trace_base(job, loaded, folder)
     progress("export", 1, 4)
     calls = by_module(find_calls(traced.graph.graph))
     plan, names = plan_slots(job, loaded, {module: (c[0].outputs, c[0].inputs) for module, c in calls.items()})
@@ -95,18 +94,18 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     for name, fitted in job.fitted.items():
         rows[name] = rows_of(fitted, layout, checkpoint, headless=not job.headed)
         deployment["adapters"][name] = write_adapter(folder, name, fitted, rows[name], layout)
-    weights = round_weights if options.dtype == "float16" else None
-    checks, answers = _validate(job, folder, plain, loaded, traced, layout, rows, progress, weights=weights)
+    half = round_weights if options.dtype == "float16" else _as_it_is
+    validate = partial(
+        _validate, job, folder, plain, loaded, traced, layout, rows, progress, inputs=_inputs(job, loaded, traced)
+    )
+    checks, answers = validate(weights=half)
     if options.quantize != "none":
         made = quantize_graphs(job, [plain, folder / files.MODEL], traced, keep=[m for m, *_ in slotted.heads])
-        weights = partial(hold_quantized, graph=traced.graph)
-        weights(loaded.model)
-        checks, quantized = _validate(
-            job, folder, plain, loaded, traced, layout, rows, progress, weights=weights, tolerance=TOLERANCE
-        )
+        stated = made.as_dict()
+        hold_quantized(loaded.model, stated)
+        checks, quantized = validate(weights=partial(_held, half, stated), compare=compare)
         deployment["quantized"] = describe_quantized(job, made, quantized, answers)
-    for left in folder.glob(".plain.onnx*"):
-        left.unlink()
+    clear_scratch(folder)
     return deployment, checks
 
 
@@ -139,11 +138,11 @@ def _validate(
     rows: Mapping[str, Arrays],
     progress: Progress,
     *,
-    weights: Callable[[Any], None] | None,
-    tolerance: float | None = None,
+    inputs: list[dict[str, Any]],
+    weights: Callable[[Any], None],
+    compare: Callable[..., validating.Checked] = validating.compare,
 ) -> tuple[dict[str, validating.Checked], dict[str, list[validating.Outputs]]]:
     """Checks and answers by adapter (``""``: none); ``weights`` gives a torch model the graph's stored numbers."""
-    inputs = validating.inputs_for(loaded)
     names = traced.outputs
     required = files.no_adapter(layout) if job.options.adapter_inputs == "required" and layout.kinds else None
     unchanged = validating.Runner(plain, names)(inputs)  # before the next session: each holds the whole base
@@ -151,15 +150,14 @@ def _validate(
     nothing = runner(inputs)
     validating.identical(job.base, nothing, _cut(unchanged, nothing))
     want = validating.torch_outputs(loaded.model, inputs, names)
-    checks = {"": validating.compare("no adapter", nothing, _cut(want, nothing), tolerance=tolerance)}
+    checks = {"": compare("no adapter", nothing, _cut(want, nothing))}
     answers = {"": nothing}
     for i, (name, fitted) in enumerate(job.fitted.items()):
         progress("validate", i, len(job.fitted))
         adapter = rounded(fitted.adapter, layout.adapter_dtype)
         labels = label_count(adapter, loaded.model) if job.headed else None
         own = load_torch(job.checkpoint, job.task, labels=labels).model
-        if weights is not None:
-            weights(own)
+        weights(own)
         apply_adapter(own, adapter, model_places(adapter, own, job.checkpoint.config), head=job.headed)
         want = validating.torch_outputs(own, inputs, names)
         if required is None:
@@ -168,9 +166,24 @@ def _validate(
             got = runner(inputs, arrays={k: v[None] for k, v in rows[name].items()})
         deltas = {k: v[None] for k, v in rows[name].items() if not k.startswith("adapter_head.")}
         effect = _effect(name, fitted, runner(inputs, arrays=deltas), nothing, got)
-        checks[name] = validating.compare(name, got, want, effect=effect, tolerance=tolerance)
+        checks[name] = compare(name, got, want, effect=effect)
         answers[name] = got
     return checks, answers
+
+
+def _inputs(job: Job, loaded: Loaded, traced: Traced) -> list[dict[str, Any]]:
+    """Inputs of the validation: those the graph takes, without padding where it cannot be in front."""
+    feeds = validating.inputs_for(loaded, padded=job.options.builder == "torch")
+    return [{name: value for name, value in feed.items() if name in traced.inputs} for feed in feeds]
+
+
+def _held(half: Callable[[Any], None], stated: Mapping[str, Any], model: Any) -> None:
+    half(model)
+    hold_quantized(model, stated)
+
+
+def _as_it_is(_model: Any) -> None:
+    """The numbers of the checkpoint."""
 
 
 def _effect(name: str, fitted: Fitted, deltas_only: Any, nothing: Any, whole: Any) -> float:

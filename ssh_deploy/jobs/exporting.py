@@ -28,6 +28,8 @@ from ssh_deploy.jobs.export_sidecar import sidecar_graph
 from ssh_deploy.jobs.naming import named_paths
 from ssh_deploy.jobs.progress import Progress, silent
 
+BUILDERS = ("torch", "genai")
+
 __all__ = ["ExportOptions", "ExportReport", "export_model"]
 
 
@@ -128,6 +130,13 @@ def export_model(
 
 
 def _check_options(options: ExportOptions, adapters: int) -> None:
+    if options.builder not in BUILDERS:
+        raise UnknownNameError(f"No builder {options.builder!r}.", hint=f"There is {', '.join(BUILDERS)}.")
+    if options.builder == "genai" and options.mode == "merged":
+        raise GraphError(
+            "--builder genai reads a checkpoint, and a merged graph's weights are in none.",
+            hint="`ssh-deploy merge` first, then export the result with --builder genai.",
+        )
     if options.quantize != "none":
         check_quantization(options.quantize, options.block)
     merged = options.mode == "merged"
@@ -160,6 +169,7 @@ def _provenance(
             "task": job.task,
             "mode": job.options.mode,
             "dtype": job.options.dtype,
+            "builder": job.options.builder,
             "quantize": job.options.quantize,
             "opset": job.options.opset,
             "adapter_dtype": deployment["adapter_dtype"],

@@ -44,15 +44,41 @@ class Checked:
         return {"max_abs_diff": self.max_abs_diff, "spread": self.spread, "effect": self.effect}
 
 
-def inputs_for(loaded: Loaded) -> list[dict[str, Any]]:
-    """Torch inputs of every shape of `SHAPES`, or for decoders of `DECODER_SHAPES`."""
+def inputs_for(loaded: Loaded, *, padded: bool = True) -> list[dict[str, Any]]:
+    """Torch inputs of every shape of `SHAPES`, or for decoders of `DECODER_SHAPES`, their past the model's own.
+
+    Args:
+        loaded: the model.
+        padded: whether the last row of a decoder's batch is padded.
+    """
     model, cache = loaded.model, loaded.cache
     if cache is None:
         return [example_inputs(model, batch=b, length=n, seed=17 + i) for i, (b, n) in enumerate(SHAPES)]
-    return [
-        decoder_inputs(model, cache, batch=b, tokens=n, past=past, seed=17 + i)
-        for i, (b, n, past) in enumerate(DECODER_SHAPES)
-    ]
+    feeds = []
+    for i, (b, n, past) in enumerate(DECODER_SHAPES):
+        feed = decoder_inputs(model, cache, batch=b, tokens=n, past=past, seed=17 + i)
+        if not padded:
+            feed["attention_mask"][:] = 1
+        feeds.append(_positioned(feed, past))
+        if past:  # numbers made up for a cache are like no text's, and rounding grows on them
+            before = decoder_inputs(model, cache, batch=b, tokens=past, past=0, seed=71 + i)
+            before["attention_mask"] = feed["attention_mask"][:, :past]
+            (answer,) = torch_outputs(model, [_positioned(before, 0)], ("logits", *cache.outputs))
+            feed |= zip(cache.inputs, map(_tensor, (answer[name] for name in cache.outputs)), strict=True)
+    return feeds
+
+
+def _positioned(feed: dict[str, Any], past: int) -> dict[str, Any]:
+    """``feed``, its positions made to follow its mask."""
+    if "position_ids" in feed:
+        feed["position_ids"] = (feed["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, past:].contiguous()
+    return feed
+
+
+def _tensor(array: NDArray[Any]) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
 
 
 def torch_outputs(model: Any, inputs: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Outputs]:
@@ -75,6 +101,8 @@ class Runner:
         self._ort, self._names = ort, list(names)
         self._required = dict(required or {})
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        known = {value.name for value in self._session.get_inputs()}
+        self._unread = {"position_ids"} - known  # graphs of onnxruntime-genai's builder count tokens themselves
 
     def __call__(
         self,
@@ -92,7 +120,8 @@ class Runner:
             lent.Load(str(adapter))
             options.add_active_adapter(lent)
         for feed in inputs:
-            feeds = {**self._required, **{k: np.asarray(v) for k, v in feed.items()}, **(arrays or {})}
+            own = {k: np.asarray(v) for k, v in feed.items() if k not in self._unread}
+            feeds = {**self._required, **own, **(arrays or {})}
             try:
                 outputs = self._session.run(self._names, feeds, options)
             except Exception as error:  # ORT's classes share no root

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from ssh_deploy.adapters.fitting import Fitted, fit
 from ssh_deploy.checkpoints.index import Checkpoint, open_checkpoint
@@ -83,18 +82,23 @@ def verify_target(
     if loaded.cache is not None:
         names = (*names, *loaded.cache.outputs)
     quantized = read_json(target, files.DEPLOYMENT).get("quantized") if exported else None
-    share = TOLERANCES[dtype]
-    if quantized is not None:
-        hold_quantized(model, ir.load(contained(target, files.MODEL)))
-        share = QUANTIZED
+    share = TOLERANCES[dtype] if quantized is None else QUANTIZED
     held = _as_held(fitted, target) if exported else fitted.adapter
+    inside = exported and read_json(target, files.DEPLOYMENT).get("mode") == "merged"
+    if quantized is not None and not inside:
+        hold_quantized(model, quantized)
     apply_adapter(model, held, model_places(held, model, checkpoint.config), head=headed)
+    if quantized is not None and inside:  # the adapter was in the weights when they were quantised
+        hold_quantized(model, quantized)
     run = _exported(target, fitted, checkpoint, names) if exported else _merged(target, task, names)
     progress("verify", 1, 3)
     torch_run = partial(torch_outputs, model, names=names)
     if loaded.cache is not None:
         prompts = prompt_tokens(checkpoint, loaded, texts)
-        found = decoder_verdict(run, torch_run, prompts, loaded, share=share, target=kind, progress=progress)
+        packed = exported and opened.decoder is not None and opened.decoder.packed
+        found = decoder_verdict(
+            run, torch_run, prompts, loaded, share=share, target=kind, progress=progress, packed=packed
+        )
         return replace(found, quantized=quantized)
     inputs = _text_inputs(checkpoint, model, texts) if texts else _example_rows(model)
     want = torch_run(inputs)

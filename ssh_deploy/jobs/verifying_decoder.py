@@ -85,6 +85,7 @@ def decoder_verdict(
     share: float,
     target: str,
     progress: Progress,
+    packed: bool = False,
 ) -> Verdict:
     """Compare ``run`` with ``torch_run`` on ``prompts``.
 
@@ -96,11 +97,13 @@ def decoder_verdict(
         share: of the spread of torch's logits that is allowed as difference.
         target: what it is, for people.
         progress: told of every batch.
+        packed: the target takes no padding in front: its prompts are run one by one.
     """
     assert loaded.cache is not None
     shape, positions = loaded.cache, takes_positions(loaded.model)
     new = min(NEW, context_of(loaded) - max(map(len, prompts)))
-    batches = [prompts[i : i + _ROWS] for i in range(0, len(prompts), _ROWS)]
+    rows = 1 if packed else _ROWS
+    batches = [prompts[i : i + rows] for i in range(0, len(prompts), rows)]
     found = _Compared()
     for done, batch in enumerate(batches):
         progress("verify", done, 2 * len(batches))
