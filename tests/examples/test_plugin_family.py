@@ -27,10 +27,18 @@ def installed(root, tmp_path_factory):
     return {**os.environ, "PYTHONPATH": str(target), "HF_HUB_OFFLINE": "1"}, source
 
 
-def run(environment, *words):
-    code = "import sys; from ssh_deploy.cli.main import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, *(str(word) for word in words)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+#: Each command of a list, in one process: torch is imported once; prints the commands' outputs as a list.
+RUN = """
+import json, sys
+from click.testing import CliRunner
+from ssh_deploy.cli.main import main
+outputs = []
+for words in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 0, (words, done.output)
+    outputs.append(done.stdout)
+print(json.dumps(outputs))
+"""
 
 
 def test_it_takes_under_80_lines(root):
@@ -56,17 +64,19 @@ def test_every_target_takes_it(installed, pico, tmp_path):
     prefix = f"base_model.model.{module}"
     tensors = {f"{prefix}.outer_u": u, f"{prefix}.outer_v": v}
     adapter = write_peft_example(tmp_path / "a", {"peft_type": "OUTER", "scaling": 0.25}, tensors)
-    listed = json.loads(run(environment, "plugins", "--json").stdout)["families"]
+    base, merged, out, back = (str(path) for path in (pico("bert"), *(tmp_path / name for name in "mob")))
+    words = [
+        ["plugins", "--json"],
+        ["merge", base, str(adapter), "-o", merged],
+        ["export", "--onnx", base, str(adapter), "-o", out],  # an export holds every adapter against torch
+        ["convert", str(adapter), "-o", back, "--to", "peft"],
+    ]
+    command = [sys.executable, "-c", RUN, json.dumps(words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(json.loads(done.stdout.splitlines()[-1])[0])["families"]
     mine = next(family for family in listed if family["name"] == "outer")
     assert (mine["packages"], mine["slots"]) == (["ssh-deploy-outer 0.1.0"], ["lowrank"])
-    merged = run(environment, "merge", pico("bert"), adapter, "-o", tmp_path / "merged")
-    assert merged.returncode == 0, merged.stderr
-    before, after = (
-        load_file(f / "model.safetensors")[f"{module}.weight"] for f in (pico("bert"), tmp_path / "merged")
-    )
+    before, after = (load_file(f"{folder}/model.safetensors")[f"{module}.weight"] for folder in (base, merged))
     np.testing.assert_allclose(after, before + 0.25 * np.outer(u, v), atol=1e-6)
-    exported = run(environment, "export", "--onnx", pico("bert"), adapter, "-o", tmp_path / "out")
-    assert exported.returncode == 0, exported.stderr  # an export holds every adapter against torch
-    back = run(environment, "convert", adapter, "-o", tmp_path / "b", "--to", "peft")
-    assert back.returncode == 0, back.stderr
-    np.testing.assert_array_equal(load_file(tmp_path / "b" / "adapter_model.safetensors")[f"{prefix}.outer_u"], u)
+    np.testing.assert_array_equal(load_file(f"{back}/adapter_model.safetensors")[f"{prefix}.outer_u"], u)

@@ -23,6 +23,8 @@ from ssh_deploy_peft_bridge.shared import tinylora_vectors
 _SLOW = re.compile(r"\)[*+{]|\{|\\\d|[*+].*[*+].*[*+].*[*+]", re.DOTALL)
 #: Tensors that are saved and not trained.
 _FROZEN = re.compile(r"randlora_[AB]$|delora_w_norm$|tinylora_[ABP]$|unilora_scales_[AB]|_indices")
+#: Fields of numbers that are no sizes.
+_NO_SIZE = ("alpha", "seed", "scaling", "lambda")
 _ELSE = "Merge it with PEFT (merge_and_unload) and deploy the merged model."
 
 
@@ -38,7 +40,8 @@ class Bridged:
         alone: its change is the same for every weight.
         wide: its modules share tensors as large as the largest sides of them all.
         decomposes: its layer decomposes the weight when it is built, which is too slow to be tried when it is read.
-        saved: ({field: value}, why): what the config must say, or the file does not hold all.
+        saved: field that must be true, or the file does not hold all, and why.
+        refused: fields that ask for another method than this one.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Bridged:
     wide: bool = False
     decomposes: bool = False
     saved: tuple[str, str] | None = None
+    refused: tuple[str, ...] = ()
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`.
@@ -106,17 +110,38 @@ class Bridged:
             )
         if self.saved is not None and files.config.get(self.saved[0]) is not True:
             raise AdapterFileError(f"{where}: {self.saved[0]} is not true: {self.saved[1]}", hint="Save it with it.")
-        patterns = [field for field in files.config if field.endswith("_pattern")]
-        for field in patterns:
-            value = files.config[field] or {}
-            if not isinstance(value, Mapping):
-                raise AdapterFileError(f"{where}: {field} is {value!r:.80}, no object.", hint="Save it again.")
-            for pattern in value:
-                if len(pattern) > 500 or _SLOW.search(pattern):
-                    raise AdapterFileError(
-                        f"{where}: {field}: {pattern!r:.80} could take for ever to match.",
-                        hint="Write at most 500 characters, three of * and +, and none of them after a group.",
-                    )
+        asked = next((field for field in self.refused if files.config.get(field)), None)
+        if asked is not None:
+            raise AdapterFileError(
+                f"{where}: {asked} is {files.config[asked]!r:.60}, which is not covered in {self.peft_type}.",
+                hint=_ELSE,
+            )
+        largest = max((side for tensor in files.tensors.values() for side in tensor.shape), default=0)
+        for field, value in files.config.items():
+            if field.endswith("_pattern"):
+                self._check_pattern(f"{where}: {field}", value or {}, largest)
+            elif field in self.needs:
+                self._check_size(f"{where}: {field}", field, value, largest)
+
+    def _check_pattern(self, where: str, patterns: object, largest: int) -> None:
+        if not isinstance(patterns, Mapping):
+            raise AdapterFileError(f"{where} is {patterns!r:.80}, no object.", hint="Save it again.")
+        for pattern, value in patterns.items():
+            if len(pattern) > 500 or _SLOW.search(pattern):
+                raise AdapterFileError(
+                    f"{where}: {pattern!r:.80} could take for ever to match.",
+                    hint="Write at most 500 characters, three of * and +, and none of them after a group.",
+                )
+            self._check_size(f"{where}: {pattern!r:.80}", "", value, largest)
+
+    @staticmethod
+    def _check_size(where: str, field: str, value: object, largest: int) -> None:
+        """PEFT makes arrays of these sizes before it sees that the tensors are of others."""
+        if isinstance(value, int) and value > largest and not any(word in field for word in _NO_SIZE):
+            raise AdapterFileError(
+                f"{where} is {value}; no tensor of the file has a side above {largest}.",
+                hint="Its config and its weights do not belong together.",
+            )
 
     def _grouped(
         self, files: AdapterFiles
@@ -154,7 +179,11 @@ class Bridged:
 
 _LOWRANK = ("lowrank",)
 _PROJECTED = "what is drawn from a seed, or worked out of the whole model, is not drawn again."
-ADALORA = Bridged("adalora", "ADALORA", "lora_", ("init_r", "lora_alpha"), _LOWRANK, alone=True)
+#: What LoRA's config brings to AdaLoRA's, all of it other methods.
+_OTHERS = ("use_dora", "lora_bias", "layer_replication", "target_parameters", "trainable_token_indices", "arrow_config")
+_OTHERS += ("alora_invocation_tokens", "use_qalora", "use_bdlora", "monteclora_config", "kasa_config", "velora_config")
+_OTHERS += ("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config")
+ADALORA = Bridged("adalora", "ADALORA", "lora_", ("init_r", "lora_alpha"), _LOWRANK, alone=True, refused=_OTHERS)
 BEFT = Bridged("beft", "BEFT", "beft_")
 BOFT = Bridged("boft", "BOFT", "boft_", ("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"))
 C3A = Bridged("c3a", "C3A", "c3a_", ("block_size",), alone=True)

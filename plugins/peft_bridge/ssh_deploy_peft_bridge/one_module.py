@@ -126,6 +126,7 @@ class OneModule:
         kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]]
         known = {field.name for field in dataclasses.fields(kind) if field.init}
         none = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type")
+        none += ("megatron_core",)  # the name of a module, which PEFT would import
         changed: dict[str, Any] = {name: None for name in none if name in known}
         changed |= {"target_modules": targets, "inference_mode": True, "progressbar": False, "fan_in_fan_out": False}
         fields = {**self.config, **changed}

@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel
 
+from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, read_folder
 from ssh_deploy.cli.main import main
-from ssh_deploy.testing import FamilyContract
+from ssh_deploy.testing import FamilyContract, random_adapter
 
 QV = ["query", "value"]
 GPT2 = {
@@ -121,13 +122,20 @@ def test_families_are_merged_together_with_weights(bases, tmp_path):
         **{n: LOWRANK[n] for n in ("vblora", "delora")},
         "oft": (peft.OFTConfig, {"oft_block_size": 8}),
         "road": (peft.RoadConfig, {"group_size": 8}),
+        "ia3": (peft.IA3Config, {"feedforward_modules": []}),
+        "loha": (peft.LoHaConfig, {"r": 2}),
     }
     words = []
-    for weight, (name, case) in zip((0.5, 1.5, 0.25, -1), cases.items(), strict=True):
+    for weight, (name, case) in zip((0.5, 1.5, 0.25, -1, 0.75, 3), cases.items(), strict=True):
         merged = trained(base, *case, tmp_path / name)
         total = {key: total[key] + weight * (merged[key].astype(np.float64) - before[key]) for key in total}
         words += ["--weight", weight]
-    done = run("merge", base, *(tmp_path / name for name in cases), *words, "-o", tmp_path / "out")
+    ssh = random_adapter({"encoder.layer.0.attention.self.query": (48, 48)}, n=30)
+    write_file(ssh, tmp_path / "ssh.safetensors", values_dtype=np.float32)
+    for module, delta in ssh.deltas.items():
+        total[f"{module}.weight"] += 2 * delta.dense(dtype=torch.float64).numpy()
+    paths = [*(tmp_path / name for name in cases), tmp_path / "ssh.safetensors"]
+    done = run("merge", base, *paths, *words, "--weight", 2, "-o", tmp_path / "out")
     assert done.exit_code == 0, done.output
     for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert error(tensor, total[key]) <= 2e-6, key
@@ -159,7 +167,7 @@ FIRST = "base_model.model.encoder.layer.0.attention.self.query"
     ("case", "broken", "message"),
     [
         ("vblora", {"topk": None}, "has no topk, which VBLORA computes with"),
-        ("vblora", {"vector_length": 32}, "PEFT's own VBLORA layer refuses it"),
+        ("vblora", {"vector_length": 8}, "PEFT's own VBLORA layer refuses it"),
         ("vblora", {"drop": ("vector_bank",)}, "no base_model|refuses it"),
         ("vblora", {"drop": (f"{FIRST}.vblora_logits_A",)}, "no base_model.*vblora_logits_A"),
         ("vblora", {"tensors": {f"{FIRST}.vblora_stray": np.zeros(2, np.float32)}}, "vblora_stray.* has no place"),
@@ -172,6 +180,18 @@ FIRST = "base_model.model.encoder.layer.0.attention.self.query"
         ("vblora", {"bias": "all"}, "biases are trained beside the method"),
         ("adalora", {"rank_pattern": {"(a+)+b": 3}}, "could take for ever"),
         ("adalora", {"rank_pattern": [1]}, "no object"),
+        ("adalora", {"use_dora": True}, "use_dora is True, which is not covered in ADALORA"),
+        ("adalora", {"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config is .* not covered"),
+        (
+            "adalora",
+            {"rank_pattern": {"query": 10**9}},
+            "'query' is 1000000000; no tensor of the file has a side above",
+        ),
+        (
+            "vblora",
+            {"num_vectors": 10**12},
+            "num_vectors is 1000000000000; no tensor of the file has a side above 48|16",
+        ),
         ("unilora", {"save_indices": False}, "save_indices is not true"),
         ("pvera", {"save_projection": False}, "save_projection is not true"),
         ("tinylora", {"projection_seed": 99}, "is not what projection_seed 99 gives"),
