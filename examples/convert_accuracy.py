@@ -86,7 +86,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         top.plot([750], [record["trained_as_ssh"]], "*", ms=14, color="#1f8a5b", label="trained as SSH, 750")
     top.set(ylabel=f"accuracy, {record['rows']:,} test rows", title="TREC-6: a LoRA turned into a sparse spectrum")
     bottom.set(xscale="log", ylabel="share of ‖ΔW‖² kept", xlabel="coefficients per 384×384 matrix", ylim=(0, 1.02))
-    top.legend(loc="lower right", frameon=False, fontsize=9)
+    top.legend(loc="center right", frameon=False, fontsize=9)
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
