@@ -5,6 +5,7 @@ x = E[input_ids] (+ token types);  h = tanh(x W_qᵀ + Δ_q x);  y = h W_vᵀ + 
 
 import hashlib
 import json
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -38,7 +39,7 @@ def make_folder(folder, *, base_labels=0, dtype=np.float16, required=False, task
         stages = {n: axis.two_stage(n) for shape in SITES.values() for n in shape}
         orders[name] = {str(n): [s.p, s.q] for n, s in stages.items()}
     fields = {
-        "contract": 2,
+        "contract": 3,
         "base": "tiny",
         "fingerprint": "0" * 64,
         "architecture": "bert",
@@ -155,8 +156,10 @@ def _model(base_labels, dtype, required, kinds):
         dims = [f"{prefix}adapters", len(SITES), f"{prefix}coefficients"]
         lent(f"{prefix}values", np.zeros((1, len(SITES), 0), dtype), dims)
         lent(f"{prefix}scales", np.ones((1, len(SITES)), np.float32), dims[:2])
-        lent(f"{prefix}rows", np.zeros((1, len(SITES), 0), np.uint16), dims)
         lent(f"{prefix}cols", np.zeros((1, len(SITES), 0), np.uint16), dims)
+        for out, count in Counter(out for out, _ in SITES.values()).items():
+            zeros = np.zeros((1, count, out + 1), np.uint16)
+            lent(f"{prefix}row_pointers.{out}", zeros, [dims[0], *zeros.shape[1:]])
         ids_of(f"{prefix}ids")
         axis = get_transform(kind).axis
         for n in {side for shape in SITES.values() for side in shape}:
@@ -205,7 +208,7 @@ def _size_is_positive(op, source, out):
 def _slot(nodes, const, op, prefix, index, source, plain, out, inn):
     """If(values) plain + x (F_outᵀ D F_in)ᵀ, D scattered per row of the batch."""
     p = f"{prefix}{index}/"
-    gate = _size_is_positive(op, f"{prefix}rows", f"{p}gate")
+    gate = _size_is_positive(op, f"{prefix}cols", f"{p}gate")
     body = []
 
     def inner(kind, ins, name, **attributes):
@@ -214,15 +217,24 @@ def _slot(nodes, const, op, prefix, index, source, plain, out, inn):
 
     at = const(f"{p}index", np.array(index))
     taken = {}
-    for part in ("values", "scales", "rows", "cols"):
-        mine = inner("Gather", [f"{prefix}{part}", f"{prefix}ids_ids"], f"{part}_rows", axis=0)
-        taken[part] = inner("Gather", [mine, at], part, axis=1)
+    widths = [width for width, _ in SITES.values()]
+    within = const(f"{p}within", np.array(widths[:index].count(out)))
+    parts = {part: (part, at) for part in ("values", "scales", "cols")} | {"pointers": (f"row_pointers.{out}", within)}
+    for part, (name, place) in parts.items():
+        mine = inner("Gather", [f"{prefix}{name}", f"{prefix}ids_ids"], f"{part}_rows", axis=0)
+        taken[part] = inner("Gather", [mine, place], part, axis=1)
     values = inner("Cast", [taken["values"]], "values32", to=T.FLOAT)
     scale = inner("Unsqueeze", [taken["scales"], "minus"], "scale")
     scaled = inner("Mul", [values, scale], "scaled")
-    rows = inner("Cast", [taken["rows"]], "rows64", to=T.INT64)
     cols = inner("Cast", [taken["cols"]], "cols64", to=T.INT64)
-    shape = inner("Shape", [rows], "shape")
+    shape = inner("Shape", [cols], "shape")
+    # the row of coefficient k: how many rows have ended by then; padding has no row, and no value
+    ends = inner("Unsqueeze", [inner("Cast", [taken["pointers"]], "ends64", to=T.INT64), "minus"], "ends")
+    length = inner("Gather", [shape, "one"], "length", axis=0)
+    ended = inner("LessOrEqual", [ends, inner("Range", ["zero", length, "one"], "k")], "ended")
+    rows = inner("ReduceSum", [inner("Cast", [ended], "ended64", to=T.INT64), "axis1"], "after", keepdims=0)
+    rows = inner("Sub", [rows, "one"], "begun")
+    rows = inner("Min", [rows, const(f"{p}lowest", np.array(out - 1))], "rows")
     count = inner("Gather", ["batch_shape", "zero"], "count", axis=0)
     numbers = inner("Range", ["zero", count, "one"], "numbers")
     column = inner("Unsqueeze", [numbers, "minus"], "column")

@@ -1,24 +1,21 @@
 """`.onnx_adapter` files and the arrays in them: adapters as the optional inputs of one exported graph.
 
-An adapter becomes one row of each bank it uses: values as in its own file (f16 or f32), one f32 scale a site (α, the
-orthonormal transforms' share, the factor of a joint spectrum's expansion), and places renumbered to the order in which
-the graph's transforms put their outputs, *rows descending* (`lowering.spectral` says why). Sites that it leaves alone
-hold zeros with scale 0. Heads that it did not train are the base's own. Low-rank adapters: `lowrank_rows`; scales, thin
-maps and values at places: `structured_rows`. Needs numpy, and onnxruntime to write.
+An adapter becomes one row of each bank it uses: spectra as `spectral_rows`, low-rank adapters as `lowrank_rows`,
+scales, thin maps and values at places as `structured_rows` lay them out. Sites that it leaves alone hold zeros with
+scale 0. Heads that it did not train are the base's own. Needs numpy, and onnxruntime to write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.adapters.base import Adapter, finite
+from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.diagonal import DiagonalDelta
@@ -26,17 +23,15 @@ from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.reflection import ReflectionDelta
 from ssh_deploy.deltas.sparse import SparseDelta
-from ssh_deploy.deltas.spectral import SpectralDelta, Stack, stacked
+from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, near_misses
 from ssh_deploy.graph.lowrank_rows import product_rows, stack_padded
+from ssh_deploy.graph.spectral_rows import AXES, is_of, spectral_rows
 from ssh_deploy.graph.structured_rows import SIDED, SPARSE, sided_rows, sparse_rows
-from ssh_deploy.transforms import get_transform
 
 GUARD = "adapter_guard"
-#: kinds that are spectra: names of their axis kernels
-AXES = ("hartley", "cosine")
 #: kinds of values at places, and how their inputs begin
-PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_", "sparse": SPARSE}
+PREFIXES = {**AXES, "sparse": SPARSE}
 #: kinds of arrays padded with zeros, and how their inputs begin
 PADDED = {"lowrank": "adapter_lowrank_", **SIDED}
 Arrays = dict[str, NDArray[Any]]
@@ -107,7 +102,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
     where, values = str(adapter.source), np.dtype(layout.adapter_dtype)
     for kind, deltas in by_kind.items():
         if kind in AXES:
-            arrays |= _spectral(adapter, kind, deltas, layout)
+            arrays |= spectral_rows(where, kind, deltas, layout.sites, values=values, places=layout.place_dtype)
         elif kind == "sparse":
             arrays |= sparse_rows(where, deltas, layout.sites, values=values, places=layout.place_dtype)
         else:
@@ -160,22 +155,12 @@ def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str
     banks: Arrays = {}
     ids: dict[str, list[int]] = {}
     for kind, prefix in PREFIXES.items():
-        own = [r for r in rows if f"{prefix}values" in r]
         if kind not in layout.kinds:
             continue
         ids[f"{prefix}ids"] = _numbers(rows, f"{prefix}values")
-        if not own:
-            continue
-        widest = max(r[f"{prefix}values"].shape[1] for r in own)
-        for part in ("values", "rows", "cols"):
-            first = own[0][f"{prefix}{part}"]
-            bank = np.zeros((len(own) + 1, len(layout.sites), widest), first.dtype)
-            for i, r in enumerate(own, 1):
-                bank[i, :, : r[f"{prefix}{part}"].shape[1]] = r[f"{prefix}{part}"]
-            banks[f"{prefix}{part}"] = bank
-        banks[f"{prefix}scales"] = np.stack(
-            [np.zeros(len(layout.sites), np.float32), *(r[f"{prefix}scales"] for r in own)]
-        )
+        own = [{k: a for k, a in r.items() if is_of(k, prefix)} for r in rows if f"{prefix}values" in r]
+        if own:
+            banks |= _stack_places(own)
     for kind, prefix in PADDED.items():
         if kind not in layout.kinds or not layout.sites:
             continue
@@ -190,6 +175,17 @@ def stack_rows(rows: Sequence[Arrays], layout: Layout) -> tuple[Arrays, dict[str
         if own:
             banks |= _stack_heads(own, layout)
     return banks, ids
+
+
+def _stack_places(own: Sequence[Arrays]) -> Arrays:
+    """Rows of one kind of `PREFIXES` as a bank, each array as wide as its widest, row 0 and what is narrower zeros."""
+    banks = {}
+    for name, first in own[0].items():
+        widest = max(r[name].shape[-1] for r in own)
+        banks[name] = np.zeros((len(own) + 1, *first.shape[:-1], widest), first.dtype)
+        for i, r in enumerate(own, 1):
+            banks[name][i, ..., : r[name].shape[-1]] = r[name]
+    return banks
 
 
 def write_onnx_adapter(path: Path, arrays: Mapping[str, NDArray[Any]], layout: Layout) -> None:
@@ -223,66 +219,6 @@ def onnxruntime() -> Any:
             hint="Install exactly one of `ssh-deploy[cpu]` and `ssh-deploy[gpu]`: they overwrite each other.",
         ) from error
     return ort
-
-
-def _spectral(adapter: Adapter, kind: str, deltas: Mapping[int, SpectralDelta], layout: Layout) -> Arrays:
-    prefix, dtype = PREFIXES[kind], np.dtype(layout.adapter_dtype)
-    made = [(stack, *_ordered(stack, kind)) for stack in stacked(deltas)]
-    shape = (len(layout.sites), max(values.shape[1] for _, values, *_ in made))
-    arrays = {
-        f"{prefix}values": np.zeros(shape, dtype),
-        f"{prefix}rows": np.zeros(shape, layout.place_dtype),
-        f"{prefix}cols": np.zeros(shape, layout.place_dtype),
-        f"{prefix}scales": np.zeros(shape[0], np.float32),
-    }
-    for stack, values, rows, cols, factor in made:
-        sites, n = list(stack.keys), values.shape[1]
-        with np.errstate(over="ignore"):
-            arrays[f"{prefix}values"][sites, :n] = values
-        arrays[f"{prefix}rows"][sites, :n] = rows
-        arrays[f"{prefix}cols"][sites, :n] = cols
-        arrays[f"{prefix}scales"][sites] = [deltas[site].gain * factor for site in sites]
-    if not finite(arrays[f"{prefix}values"]):
-        largest = max(float(np.abs(values.astype(np.float64)).max(initial=0)) for _, values, *_ in made)
-        raise AdapterMismatchError(
-            f"{adapter.source}: values up to {largest:.4g} overflow {dtype}.",
-            hint="Export the base with --adapter-dtype float32.",
-        )
-    return arrays
-
-
-def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], float]:
-    """Values, rows and columns [sites, k] as the graph takes them, and the factor of joint spectra's expansion.
-
-    Sorted by row descending, column, place in the file. All three are packed into one integer: numpy sorts integers
-    an order of magnitude faster than it finds the order of several keys, and they come back out of it sorted.
-    """
-    spectrum = stack.separable()
-    sites, n = spectrum.rows.shape
-    top, inner, last = (max(size - 1, 0).bit_length() for size in (*stack.shape, n))
-    if top + inner + last > 63:
-        raise AdapterMismatchError(
-            f"{n} coefficients in a weight of {stack.shape[0]}×{stack.shape[1]} are more than 63 bits can number.",
-            hint="No weight is that large; the adapter and the folder are forged.",
-        )
-    down, across = (output_order(axis, size)[1] for size in stack.shape)
-    packed = (stack.shape[0] - 1) - down[spectrum.rows]
-    packed <<= inner  # in place: new arrays of this size cost more than what is done to them
-    packed |= across[spectrum.cols]
-    packed <<= last
-    packed |= np.arange(n)
-    packed.sort(axis=-1)
-    values = spectrum.values.reshape(-1)[(packed & ((1 << last) - 1)) + np.arange(sites)[:, None] * n]
-    packed >>= last
-    cols = packed & ((1 << inner) - 1)
-    packed >>= inner
-    return values, (stack.shape[0] - 1) - packed, cols, spectrum.factor
-
-
-@lru_cache(maxsize=64)
-def output_order(axis: str, n: int) -> tuple[tuple[int, int], NDArray[np.int64]]:
-    """Factors (p, q) and output order of the graph's transform of length ``n``; see `TwoStage`."""
-    return get_transform(axis).axis.output_order(n)
 
 
 def _heads(adapter: Adapter, layout: Layout) -> Arrays:

@@ -19,10 +19,10 @@ import onnx_ir as ir
 from ssh_deploy.errors import GraphError
 
 #: Version of the contract of exported graphs.
-CONTRACT = 2
+CONTRACT = 3
 GUARD = "adapter_guard"
 #: Order of a site's coefficients, part of what the guard covers (`lowering.spectral`).
-COEFFICIENT_ORDER = "rows descending"
+COEFFICIENT_ORDER = "compressed by rows"
 
 
 def guard_shape(

@@ -3,9 +3,11 @@
 Pre-condition: a plain graph as `trace` wrote it, whose sites can take a slot. Post-condition: with the inputs at
 their defaults every output has the bits of the plain graph; the adapter inputs are those of the contract.
 
-A site's contribution is added with ScatterND(add) onto the batch rows, and not with Add: its first input is updated
-in place, and with no adapter the indices are empty, so that a row of zero bytes is all that an absent adapter costs
-(Add of a zero would also turn −0 into 0). The indices are distinct: no two threads meet on a row.
+What follows query, key and value (the bias, the heads taken apart) moves into the branches of the last kind's If, with
+an Add before it in the one: an absent adapter costs the If and nothing else. Elsewhere the contribution is added with
+ScatterND(add) onto the batch rows: its first input is updated in place, the bias stays where ORT fuses it with what
+follows, and with no adapter the indices are empty (Add of a zero would also turn −0 into 0). The indices are distinct:
+no two threads meet on a row.
 """
 
 from __future__ import annotations
@@ -23,13 +25,11 @@ from ssh_deploy.graph.lowering import head as heads
 from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral
 from ssh_deploy.graph.lowrank_rows import A, B, sites_by_width
 from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
+from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
 
 Bank = spectral.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
-
-#: Prefix of the inputs of each spectral kind.
-PREFIXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     shapes = [sides[name] for name in table]
     sizes = _group_sizes(groups, table)
     banks: list[Bank] = [
-        _spectral_bank(graph, first, kind, plan, batch, shapes, sizes)
-        for kind in plan.kinds
-        if kind in PREFIXES and table
+        _spectral_bank(graph, first, kind, plan, batch, shapes, sizes) for kind in plan.kinds if kind in AXES and table
     ]
     if "lowrank" in plan.kinds and table:
         banks.append(_lowrank_bank(graph, first, plan, batch, shapes))
@@ -165,7 +163,7 @@ def _spectral_bank(
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
 ) -> spectral.SpectralBank:
-    prefix = PREFIXES[kind]
+    prefix = AXES[kind]
     dims = prefix.removeprefix("adapter_")
     sides: tuple[int | str, ...] = (f"{dims}adapters", len(shapes), f"{dims}coefficients")
     ids = _ids(graph, emitter, f"{prefix}ids", f"{dims}requests", batch, plan)
@@ -175,10 +173,14 @@ def _spectral_bank(
     inputs = {
         "values": _input(graph, f"{prefix}values", values, sides, none, plan),
         "scales": _input(graph, f"{prefix}scales", ir.DataType.FLOAT, sides[:2], np.ones((1, len(shapes))), plan),
-        "rows": _input(graph, f"{prefix}rows", places, sides, none, plan),
         "cols": _input(graph, f"{prefix}cols", places, sides, none, plan),
     }
-    return spectral.prepare(emitter, kind, inputs, ids, shapes=shapes, groups=groups)
+    pointers = {}
+    for out, sites in sites_by_width([shape[0] for shape in shapes]).items():
+        rows = (f"{dims}adapters", len(sites), out + 1)
+        name, default = f"{prefix}{ROW_POINTERS}{out}", np.zeros((1, len(sites), out + 1))
+        pointers[out] = _input(graph, name, ir.DataType.UINT16, rows, default, plan)
+    return spectral.prepare(emitter, kind, inputs, pointers, ids, like=graph.inputs[0], shapes=shapes, groups=groups)
 
 
 def _lowrank_bank(
@@ -257,6 +259,7 @@ def _fill(
         emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
         products = [_current(call) for call in group]
+        tails = [_tail(product) if bank is banks[-1] else [] for product in products]
         users = [list(product.uses()) for product in products]
         if isinstance(bank, spectral.SpectralBank):
             terms = spectral.contribution(then, bank, group, table)
@@ -267,21 +270,66 @@ def _fill(
         else:
             terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
         nowhere = other.const(np.zeros(0), np.int64)
-        absent = [other.op("Gather", product, nowhere, axis=0) for product in products]  # no rows of the right shape
-        for value in (*terms, *absent):
+        there, absent = [], []
+        for product, tail, term in zip(products, tails, terms, strict=True):
+            there.append(_copied(then, tail, product, then.op("Add", product, term)) if tail else term)
+            rows = other.op("Gather", product, nowhere, axis=0) if not tail else _copied(other, tail, product, product)
+            absent.append(rows)
+        for value in (*there, *absent):
             value.dtype = ir.DataType.FLOAT
-        sums = emitter.when(bank.gate, then, terms, other, absent)
+        sums = emitter.when(bank.gate, then, there, other, absent)
         graph.extend(emitter.nodes)  # sorted in the end
-        for call, result, term, uses in zip(group, products, sums, users, strict=True):
+        for call, product, value, tail, uses in zip(group, products, sums, tails, users, strict=True):
+            if tail:
+                _replace_tail(graph, tail, value)
+                continue
             add = Emitter(constants, f"adapter/{kind}/{call.module}/add")
-            total = add.op("ScatterND", result, bank.batch, term, reduction="add")
-            total.shape, total.dtype = result.shape, ir.DataType.FLOAT
-            producer = result.producer()
+            total = add.op("ScatterND", product, bank.batch, value, reduction="add")
+            total.shape, total.dtype = product.shape, ir.DataType.FLOAT
+            producer = product.producer()
             assert producer is not None
             graph.insert_after(producer, add.nodes)
             for node, i in uses:
                 node.replace_input_with(i, total)
-            _rename_output(graph, result, total)
+            _rename_output(graph, product, total)
+
+
+def _tail(product: ir.Value) -> list[ir.Node]:
+    """The nodes that alone read ``product`` one after another up to a Transpose; empty when there is none.
+
+    That is what follows query, key and value: the bias, then the heads taken apart.
+    """
+    tail: list[ir.Node] = []
+    value = product
+    while not value.is_graph_output() and len(users := list(value.uses())) == 1 and users[0].idx == 0:
+        node = users[0].node
+        if node.op_type == "Transpose":
+            return [*tail, node]
+        others = [other for other in node.inputs if other is not value]
+        biased = node.op_type == "Add" and all(other is not None and other.is_initializer() for other in others)
+        if not biased and node.op_type != "Reshape":
+            break
+        tail.append(node)
+        value = node.outputs[0]
+    return []
+
+
+def _copied(emitter: Emitter, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value) -> ir.Value:
+    """The chain ``nodes`` once more, in a branch, reading ``new`` where the first of them reads ``old``."""
+    for node in nodes:
+        inputs = [new if value is old else value for value in node.inputs]
+        old, new = node.outputs[0], emitter.op(node.op_type, *inputs, **node.attributes)
+    return new
+
+
+def _replace_tail(graph: ir.Graph, tail: Sequence[ir.Node], value: ir.Value) -> None:
+    """Let ``value`` stand for what ``tail`` made."""
+    old = tail[-1].outputs[0]
+    value.shape = old.shape
+    for node, i in list(old.uses()):
+        node.replace_input_with(i, value)
+    _rename_output(graph, old, value)
+    graph.remove(list(reversed(tail)), safe=True)
 
 
 def _current(call: Call) -> ir.Value:

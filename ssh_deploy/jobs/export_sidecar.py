@@ -17,13 +17,14 @@ from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import VerificationError
-from ssh_deploy.graph.bank_file import AXES, Arrays, Layout, slot_kind
+from ssh_deploy.graph.bank_file import Arrays, Layout, slot_kind
 from ssh_deploy.graph.guard import CONTRACT, add_guard, guard_shape
 from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, rounded
 from ssh_deploy.graph.precision import store_half
 from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Slotted, add_slots
+from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.graph.storing import save_graph
 from ssh_deploy.graph.trace import Loaded, Traced, load_torch
 from ssh_deploy.jobs import folder_files as files

@@ -19,6 +19,8 @@ from ssh_deploy.checkpoints.index import Checkpoint, contained
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.errors import DeploymentError
 from ssh_deploy.graph.bank_file import GUARD, PADDED, PREFIXES, Layout, padded_rows
+from ssh_deploy.graph.lowrank_rows import sites_by_width
+from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
 
 DEPLOYMENT = "deployment.json"
 PROVENANCE = "provenance.json"
@@ -206,7 +208,12 @@ def no_adapter(layout: Layout) -> dict[str, NDArray[Any]]:
             none[f"{prefix}ids"] = np.zeros(1, np.int64)
             none[f"{prefix}values"] = np.zeros((1, sites, 0), layout.adapter_dtype)
             none[f"{prefix}scales"] = np.ones((1, sites), np.float32)
-            none[f"{prefix}rows"] = none[f"{prefix}cols"] = np.zeros((1, sites, 0), layout.place_dtype)
+            none[f"{prefix}cols"] = np.zeros((1, sites, 0), layout.place_dtype)
+            if kind in AXES:
+                for out, members in sites_by_width([n_out for *_, n_out in layout.sites]).items():
+                    none[f"{prefix}{ROW_POINTERS}{out}"] = np.zeros((1, len(members), out + 1), np.uint16)
+            else:
+                none[f"{prefix}rows"] = none[f"{prefix}cols"]
     for kind, prefix in PADDED.items():
         if kind in layout.kinds:
             none[f"{prefix}ids"] = np.zeros(1, np.int64)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.errors import DeploymentError, UnknownNameError
-from ssh_deploy.graph.bank_file import AXES
+from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.jobs.probing import probe_feeds
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.synthetic import synthetic_adapter

@@ -13,7 +13,7 @@ import numpy as np
 from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.deltas.spectral import SpectralDelta
-from ssh_deploy.graph.bank_file import AXES
+from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.runtimes.bank import kind_of
 from ssh_deploy.runtimes.deployment import Deployment
 

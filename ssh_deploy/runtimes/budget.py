@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssh_deploy.errors import DeployError, DeploymentError
-from ssh_deploy.graph.bank_file import AXES
+from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.runtimes.bank import Bank, inputs_by_kind, kind_of, row_bytes
 from ssh_deploy.runtimes.folder import Folder, contained
 from ssh_deploy.runtimes.residents import Residents

@@ -76,6 +76,7 @@ class Catalogue:
     def __init__(self, folder: Folder, inputs: Mapping[str, Input], residents: Residents) -> None:
         """The folder's own adapters are known; none is read."""
         self._folder, self._residents = folder, residents
+        self._outs = [site.out for site in folder.sites]
         self._reader = Reader(folder, inputs)
         self._changed = residents.changed
         self._entries: dict[str, Entry] = {}
@@ -289,7 +290,7 @@ class Catalogue:
                 numbers[name] = found or self._reader.shared(look.entries[0][0].source, reading.rides)[0]
                 if numbers[name].digest != look.wanted.digest:  # it changed since it was looked at
                     return self._look_at_sum(text, expression, reading)
-            reading.fetched[digest] = combine(text, expression, numbers, digest)
+            reading.fetched[digest] = combine(text, expression, numbers, digest, outs=self._outs)
         return _Look(Wanted(text, digest, reading.fetched[digest], terms), entries)
 
     def _stored_entry(self, name: str) -> Entry:

@@ -22,7 +22,8 @@ from ssh_deploy.adapters.base import Adapter, check_finite
 from ssh_deploy.checkpoints.names import match_modules
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
-from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows, output_order
+from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
+from ssh_deploy.graph.spectral_rows import ROW_POINTERS, output_order
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
@@ -186,5 +187,15 @@ def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, .
             site, k = np.argwhere(ascends)[0]
             raise AdapterMismatchError(
                 f"{path}: rows of {sites[site].module} ascend at coefficient {k + 1}; the contract has them descend.",
+                hint="The file is damaged or forged.",
+            )
+    values = rows.get(f"{prefix}values")
+    for name, pointers in rows.items():
+        if not name.startswith(f"{prefix}{ROW_POINTERS}") or values is None or values.ndim != 2 or pointers.ndim != 2:
+            continue
+        steps = np.diff(pointers.astype(np.int64), axis=1)
+        if not pointers.size or pointers[:, 0].any() or steps.min(initial=0) < 0 or pointers.max() > values.shape[1]:
+            raise AdapterMismatchError(
+                f"{path}: {name} do not lead through {values.shape[1]} coefficients from 0 upwards.",
                 hint="The file is damaged or forged.",
             )

@@ -13,7 +13,7 @@ from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.errors import DeploymentError, FingerprintError, RegistryError
-from ssh_deploy.graph.bank_file import AXES
+from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.registry import families
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.conversion import head_count, head_labels, rows_of_adapter, rows_of_file

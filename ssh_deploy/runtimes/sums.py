@@ -3,7 +3,7 @@
     sum  = term *("+" term) ["@head=" name]          term = [weight "*"] name
 
 A sum is an adapter like any other: per kind and site the terms' coefficients one after another, those at one place
-added, rows descending as the graph wants them, and one scale (so too values at places of a sparse change). Numbers are
+added, in the order that the graph wants, and one scale (so too values at places of a sparse change). Numbers are
 computed in float64 and rounded once to the bank's dtype. A site's scale is its dominant term's, times a power of two
 that puts the largest value high in float16's range: the dominant term's own values stay exact, nothing overflows, and
 what is rounded away from the others is 2⁻¹¹ of a value (2⁻²⁴ of the site's largest for those near nothing). Products of
@@ -30,6 +30,7 @@ from ssh_deploy.adapters.base import finite
 from ssh_deploy.errors import AdapterMismatchError, UnknownNameError
 from ssh_deploy.graph.bank_file import PREFIXES
 from ssh_deploy.graph.lowrank_rows import A
+from ssh_deploy.graph.spectral_rows import AXES, MOST, pointers_of, rows_of
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.folder import check_name
 from ssh_deploy.runtimes.loading import Loaded
@@ -88,7 +89,7 @@ def sum_digest(expression: Sum, digests: Mapping[str, str]) -> str:
     return hashlib.sha256(f"sum of {terms} head {head}".encode()).hexdigest()
 
 
-def combine(text: str, expression: Sum, loaded: Mapping[str, Loaded], digest: str) -> Loaded:
+def combine(text: str, expression: Sum, loaded: Mapping[str, Loaded], digest: str, *, outs: Sequence[int]) -> Loaded:
     """The sum as one adapter.
 
     Args:
@@ -96,6 +97,7 @@ def combine(text: str, expression: Sum, loaded: Mapping[str, Loaded], digest: st
         expression: of ``text``.
         loaded: the adapters of all its names, with their numbers.
         digest: `sum_digest` of it.
+        outs: rows of every site's weight.
 
     Raises:
         AdapterMismatchError: labels that differ, no head where one is asked for, kinds that cannot be added, or a
@@ -109,7 +111,7 @@ def combine(text: str, expression: Sum, loaded: Mapping[str, Loaded], digest: st
         if kind == "lowrank":
             kinds[kind] = _side_by_side(text, own)
         elif kind in PREFIXES:
-            kinds[kind] = _add(text, PREFIXES[kind], own)
+            kinds[kind] = _add(text, kind, own, outs)
         else:
             raise AdapterMismatchError(
                 f"{text}: {kind} adapters multiply what passes through a layer, and a sum of them is none of them.",
@@ -151,22 +153,24 @@ def _shown(loaded: Loaded) -> str:
     return f"{len(loaded.labels)} labels ({names})" if loaded.labels else "no head"
 
 
-def _add(text: str, prefix: str, terms: Sequence[tuple[float, Rows]]) -> Rows:
-    """Weighted sum of spectra of one kind, each [sites, n] with its own n, as one."""
-    first = terms[0][1]
-    dtype, places = first[f"{prefix}values"].dtype, first[f"{prefix}rows"].dtype
+def _add(text: str, kind: str, terms: Sequence[tuple[float, Rows]], outs: Sequence[int]) -> Rows:
+    """Weighted sum of values at places of one kind, each [sites, n] with its own n, as one."""
+    first, prefix, spectra = terms[0][1], PREFIXES[kind], kind in AXES
+    dtype, places = first[f"{prefix}values"].dtype, first[f"{prefix}cols"].dtype
     sites = len(first[f"{prefix}scales"])
     scales = np.stack([weight * rows[f"{prefix}scales"].astype(np.float64) for weight, rows in terms])  # [terms, sites]
     values = [rows[f"{prefix}values"].astype(np.float64) for _, rows in terms]
     added = np.concatenate([v * s[:, None] for v, s in zip(values, scales, strict=True)], axis=1)
-    rows = np.concatenate([rows[f"{prefix}rows"] for _, rows in terms], axis=1).astype(np.int64)
+    every = [rows_of(rows, prefix, outs) if spectra else rows[f"{prefix}rows"] for _, rows in terms]
+    rows = np.concatenate(every, axis=1).astype(np.int64)
     cols = np.concatenate([rows[f"{prefix}cols"] for _, rows in terms], axis=1).astype(np.int64)
 
-    # one number a place, ascending where the graph wants (site, row descending, column)
+    # one number a place, ascending where the graph wants (site, row, column); rows of a sparse change descend
     deep, wide = int(rows.max(initial=0)) + 1, int(cols.max(initial=0)) + 1
+    rows = rows if spectra else deep - 1 - rows
     site = np.arange(sites)[:, None]
     keep = added != 0  # padding, and coefficients that are nothing
-    key, inverse = np.unique((((site * deep) + (deep - 1 - rows)) * wide + cols)[keep], return_inverse=True)
+    key, inverse = np.unique(((site * deep + rows) * wide + cols)[keep], return_inverse=True)
     total: NDArray[np.float64] = np.bincount(inverse, weights=added[keep], minlength=len(key)).astype(np.float64)
     key, total = key[total != 0], total[total != 0]
     which, place = np.divmod(key, deep * wide)
@@ -177,10 +181,20 @@ def _add(text: str, prefix: str, terms: Sequence[tuple[float, Rows]]) -> Rows:
     scale = _scales(text, scales, values, total, which)
     shape = (sites, width)
     out = {f"{prefix}values": np.zeros(shape, dtype), f"{prefix}scales": scale.astype(np.float32)}
-    out |= {f"{prefix}{part}": np.zeros(shape, places) for part in ("rows", "cols")}
+    out[f"{prefix}cols"] = np.zeros(shape, places)
     out[f"{prefix}values"][which, slot] = total / scale[which]
-    out[f"{prefix}rows"][which, slot] = deep - 1 - place // wide
     out[f"{prefix}cols"][which, slot] = place % wide
+    rows = np.zeros(shape, np.int64)
+    rows[which, slot] = place // wide
+    if spectra:
+        if width > MOST:
+            raise AdapterMismatchError(
+                f"{text}: {width:,} coefficients in one matrix, a slot takes {MOST:,}.",
+                hint="Sum fewer, or merge them.",
+            )
+        return out | pointers_of(rows, np.diff(start), prefix, outs)
+    out[f"{prefix}rows"] = np.zeros(shape, places)
+    out[f"{prefix}rows"][which, slot] = deep - 1 - rows[which, slot]
     return out
 
 

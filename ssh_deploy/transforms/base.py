@@ -201,7 +201,10 @@ def _pairs(p: int) -> Index:
 
 @lru_cache(maxsize=256)
 def _factor(n: int) -> tuple[int, int]:
-    """``(p, q)``, ``p·q = n``, p even, of fewest multiply-adds ``n(p+2q)``; ``(1, n)`` where ``n²`` is fewer."""
+    """``(p, q)``, ``p·q = n``, p even, of fewest multiply-adds ``n(p+2q)``; ``(1, n)`` where ``n²`` is fewer.
+
+    q counts as the next multiple of 16: products that wide fill the processor's vectors.
+    """
     pairs = [(p, n // p) for p in range(2, n + 1, 2) if n % p == 0]
-    p, q = min(pairs, key=lambda pair: (pair[0] + 2 * pair[1], pair[0]), default=(1, n))
+    p, q = min(pairs, key=lambda pair: (pair[0] + 2 * (-(-pair[1] // 16) * 16), pair[0]), default=(1, n))
     return (p, q) if p + 2 * q < n else (1, n)

@@ -43,11 +43,11 @@ def head(labels, *, seed=0, dense=True):
 
 
 def site_definition(delta):
-    """Values, rows, columns and scale of one site, as plainly as can be: renumbered, by row descending, then column."""
+    """Values, rows, columns and scale of one site, as plainly as can be: renumbered, by row, then column."""
     spectrum = delta.separable()
     order = [get_transform(delta.transform).axis.two_stage(n).order for n in delta.shape]
     rows, cols = order[0][spectrum.rows], order[1][spectrum.cols]
-    sort = sorted(range(rows.size), key=lambda k: (-rows[k], cols[k], k))
+    sort = sorted(range(rows.size), key=lambda k: (rows[k], cols[k], k))
     return spectrum.values[sort], rows[sort], cols[sort], delta.gain * spectrum.factor
 
 
@@ -61,16 +61,20 @@ def adapter_definition(adapter, layout, places):
         n = max(values.size for values, *_ in sites.values())
         dtypes = {
             "values": layout.adapter_dtype,
-            "rows": layout.place_dtype,
             "cols": layout.place_dtype,
             "scales": "float32",
         }
+        for out in {out for *_, out in layout.sites}:
+            of_out = [module for module, _, width in layout.sites if width == out]
+            made[f"{prefix}row_pointers.{out}"] = np.array(
+                [[(sites[m][1] < u).sum() if m in sites else 0 for u in range(out + 1)] for m in of_out], np.uint16
+            )
         for part, dtype in dtypes.items():
             made[prefix + part] = np.zeros((len(layout.sites), n)[: 1 if part == "scales" else 2], dtype)
         for row, (module, *_) in enumerate(layout.sites):
             if module in sites:
-                values, rows, cols, scale = sites[module]
-                for part, numbers in (("values", values), ("rows", rows), ("cols", cols)):
+                values, _, cols, scale = sites[module]
+                for part, numbers in (("values", values), ("cols", cols)):
                     for k, number in enumerate(numbers):
                         made[prefix + part][row, k] = number
                 made[f"{prefix}scales"][row] = scale
@@ -132,11 +136,22 @@ def test_more_places_than_can_be_numbered_are_refused_before_anything_is_made():
         adapter_rows(adapter, layout(sites=(("a.q", 1 << 24, 1 << 24),)), PLACES)
 
 
+def test_more_coefficients_than_pointers_count_are_refused():
+    n = 1 << 16
+    delta = SpectralDelta(
+        (1 << 9, 1 << 9), "hartley", *np.divmod(np.arange(n), 1 << 9), np.ones(n, np.float16), 1.0, "ortho"
+    )
+    adapter, own = replace(random_adapter({}), deltas={"m.a.q": delta}), layout(sites=(("a.q", 1 << 9, 1 << 9),))
+    with pytest.raises(AdapterMismatchError, match=r"(?s)65,536 coefficients.*a slot takes 65,535.*--to lora"):
+        adapter_rows(adapter, own, PLACES)
+
+
 def test_rows_of_an_adapter():
     rows = adapter_rows(random_adapter(SHAPES, n=9), layout(), PLACES)
     assert {k: (a.dtype.name, a.shape) for k, a in rows.items()} == {
         "adapter_values": ("float16", (3, 9)),
-        "adapter_rows": ("uint16", (3, 9)),
+        "adapter_row_pointers.13": ("uint16", (1, 14)),
+        "adapter_row_pointers.24": ("uint16", (2, 25)),
         "adapter_cols": ("uint16", (3, 9)),
         "adapter_scales": ("float32", (3,)),
     }
@@ -161,7 +176,9 @@ def test_banks_have_an_empty_row_and_pad_narrow_adapters_with_zeros_at_the_end()
     assert not banks["adapter_scales"][0].any()
     np.testing.assert_array_equal(banks["adapter_values"][1, :, :5], made[0]["adapter_values"])
     assert not banks["adapter_values"][1, :, 5:].any()
-    assert (np.diff(banks["adapter_rows"].astype(int), axis=-1) <= 0).all()
+    for name in ("adapter_row_pointers.13", "adapter_row_pointers.24"):
+        np.testing.assert_array_equal(banks[name][1:], [made[0][name], made[2][name]])
+        assert not banks[name][0].any()
 
 
 def test_short_heads_are_padded_with_minus_infinity():

@@ -9,7 +9,7 @@ from layer_graphs import Case, graph_of, layer, tokens
 
 from ssh_deploy.errors import GraphError, SlotError
 from ssh_deploy.graph.bank_file import stack_rows
-from ssh_deploy.graph.lowering.spectral import differenced
+from ssh_deploy.graph.lowering.spectral import backward_factors
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Plan, add_slots
 from ssh_deploy.transforms import get_transform
@@ -100,8 +100,8 @@ def test_wrong_ids_end_in_an_error_and_never_in_an_answer(ids, fed):
 @pytest.mark.parametrize(
     ("part", "change"),
     [
-        ("rows", lambda a: a[..., ::-1].copy()),  # ascending: prefix sums would be read at the wrong ends
-        ("rows", lambda a: np.where(np.arange(a.shape[-1]) == 0, 24, a).astype(a.dtype)),  # beyond the weight
+        ("row_pointers.24", lambda a: np.where(np.arange(a.shape[-1]) == 9, 13, a).astype(a.dtype)),  # beyond the sums
+        ("row_pointers.24", lambda a: np.where(np.arange(a.shape[-1]) == 9, 65535, a).astype(a.dtype)),
         ("cols", lambda a: np.where(np.arange(a.shape[-1]) == 0, 36, a).astype(a.dtype)),
     ],
 )
@@ -152,14 +152,16 @@ def test_scales_are_multiplied_in_float32():
 
 @pytest.mark.parametrize("name", ["hartley", "cosine"])
 @pytest.mark.parametrize("n", [1, 7, 12, 24, 96])
-def test_differenced_factor_takes_prefix_sums(name, n):
+def test_backward_factors_take_prefix_sums(name, n):
     stages = get_transform(name).axis.two_stage(n)
     blocks, width, _ = stages.second.shape
     rows = np.random.default_rng(0).normal(size=(blocks, width))
-    from_above = np.append(np.cumsum(rows.reshape(-1)[::-1])[::-1], 0.0)  # P[u] = Σ of rows ≥ u
-    windows = np.stack([from_above[k * width : (k + 1) * width + 1] for k in range(blocks)])
-    want = np.einsum("kij,ki->kj", stages.second, rows)
-    np.testing.assert_allclose(np.einsum("kji,ki->kj", differenced(stages), windows), want, atol=1e-9)
+    below = np.append(0.0, np.cumsum(rows.reshape(-1)))  # P[u] = Σ of rows before u
+    windows = np.stack([below[k * width : (k + 1) * width + 1] for k in range(blocks)])
+    second, first = backward_factors(stages)
+    got = first @ np.einsum("...kji,ki->...kj", second, windows).reshape(stages.p, stages.q)
+    want = stages.first.T @ np.einsum("kij,ki->kj", stages.second, rows).reshape(stages.p, stages.q)
+    np.testing.assert_allclose(got, want, atol=1e-9)
 
 
 def test_unknown_module_lists_the_near_misses():

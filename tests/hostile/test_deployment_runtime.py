@@ -26,7 +26,7 @@ def arrays(n=4, **changes):
     made = {
         "adapter_values": rng.normal(size=(2, n)).astype(np.float16),
         "adapter_scales": np.ones(2, np.float32),
-        "adapter_rows": np.tile(np.arange(n, dtype=np.uint16)[::-1], (2, 1)),
+        **{f"adapter_row_pointers.{out}": np.minimum(np.arange(out + 1), n).astype(np.uint16)[None] for out in (10, 8)},
         "adapter_cols": np.tile(np.arange(n, dtype=np.uint16), (2, 1)),
         "adapter_head.classifier.weight": rng.normal(size=(2, 8)).astype(np.float32),
         "adapter_head.classifier.bias": np.zeros(2, np.float32),
@@ -211,12 +211,11 @@ def test_a_strangers_adapter_and_one_without_a_guard(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"adapter_rows": np.full((2, 4), 10, np.uint16)}, "coefficient 0 of layer.query has row 10, outside 0…9"),
+        *[
+            ({"adapter_row_pointers.8": np.array([forged], np.uint16)}, "adapter_row_pointers.8 do not lead through 4")
+            for forged in ([1, 2, 3, 4, 4, 4, 4, 4, 4], [0, 2, 1, 4, 4, 4, 4, 4, 4], [0, 1, 2, 3, 4, 5, 5, 5, 5])
+        ],
         ({"adapter_cols": np.full((2, 4), 11, np.uint16)}, "layer.value has col 11, outside 0…9"),
-        (
-            {"adapter_rows": np.array([[3, 2, 1, 0], [3, 1, 2, 0]], np.uint16)},
-            "rows of layer.value ascend at coefficient 2",
-        ),
         ({"adapter_values": np.full((2, 4), np.nan, np.float16)}, "NaN or infinite"),
         ({"adapter_scales": np.full(2, np.inf, np.float32)}, "NaN or infinite"),
         ({"adapter_values": np.zeros((2, 4), np.float32)}, "float32 [2, 4] where the graph takes float16"),
@@ -305,8 +304,8 @@ def test_memory_that_is_none(folder, memory):
 
 
 def test_a_budget_too_small_for_one_adapter(folder):
-    """A spectrum of two sites and four coefficients, and a head of up to 16 labels of 8 numbers."""
-    one = 2 * 4 * 6 + 2 * 4 + 16 * 9 * 4
+    """A spectrum of two sites of 10 and 8 rows and four coefficients, and a head of up to 16 labels of 8 numbers."""
+    one = 2 * 4 * 4 + 2 * 4 + (11 + 9) * 2 + 16 * 9 * 4
     refused(
         lambda: Deployment.open(folder, memory=one - 1), DeploymentError, f"{one - 1:,} bytes", f"{one:,}", "memory="
     )
@@ -315,7 +314,7 @@ def test_a_budget_too_small_for_one_adapter(folder):
 
 def test_more_adapters_at_once_than_the_budget_holds(folder):
     add_stored(folder, "other", arrays(adapter_scales=np.full(2, 3, np.float32)), labels=("a", "b"))
-    deployment = Deployment.open(folder, memory=2 * 4 * 6 + 2 * 4 + 16 * 9 * 4)
+    deployment = Deployment.open(folder, memory=2 * (4 * 4 + 4) + (11 + 9) * 2 + 16 * 9 * 4)
     for name in ("good", "other"):
         assert deployment.predict(["who"], name)
     refused(

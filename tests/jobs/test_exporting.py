@@ -71,7 +71,7 @@ def test_each_architecture_answers_as_torch(exported, architecture):
 def test_the_folder_says_what_it_is(exported):
     _, _, folder = exported("bert")
     deployment = json.loads((folder / "deployment.json").read_text())
-    assert deployment["contract"] == 2
+    assert deployment["contract"] == 3
     assert deployment["kinds"] == ["hartley", "head"]
     assert [s["index"] for s in deployment["sites"]] == [0, 1, 2, 3]
     assert deployment["sites"][0]["module"] == "encoder.layer.0.attention.self.query"
@@ -260,7 +260,7 @@ def test_merged(pico, tmp_path):
         (0, ExportOptions(kinds=("hartley",)), GraphError, "no site is named"),
         (0, ExportOptions(sites=("*.qurey",)), UnknownNameError, "matches none"),
         (0, ExportOptions(opset=3), GraphError, "Opset 3"),
-        (0, ExportOptions(task="text-generation"), DeployError, "no weights for cls|cannot load"),
+        (0, ExportOptions(task="text-generation"), DeployError, "no weights for cls|cannot load|not causal"),
     ],
 )
 def test_options_that_make_no_sense(pico, tmp_path, adapters, options, error, message):

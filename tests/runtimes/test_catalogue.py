@@ -18,7 +18,7 @@ from ssh_deploy.runtimes.conversion import rows_of_adapter
 from ssh_deploy.testing import random_adapter
 
 FEEDS = {"input_ids": np.arange(4, 10)[None], "attention_mask": np.ones((1, 6), np.int64)}
-ROW = 2 * 20 * (2 + 2 + 2) + 2 * 4  # bytes of a spectrum of 20 coefficients in two sites
+ROW = 2 * (28 * (2 + 2) + 4) + (11 + 9) * 2  # bytes of a spectrum of 28 coefficients in two sites of 10 and 8 rows
 HEAD = 64 * 8 * 4 + 64 * 4
 
 
@@ -35,7 +35,7 @@ def write(path, seed, *, n=9, labels=0, age=True, **options):
 def opened(tmp_path, *, rows=None, **options):
     memory = "64MiB" if rows is None else max(rows * ROW, ROW + HEAD)
     return Deployment.open(
-        make_folder(tmp_path / "out", base_labels=3), threads=1, memory=memory, max_coefficients=20, **options
+        make_folder(tmp_path / "out", base_labels=3), threads=1, memory=memory, max_coefficients=28, **options
     )
 
 
@@ -303,7 +303,7 @@ def test_pins(tmp_path):
     for i in range(2, 11):
         deployment.pin(f"a{i}")
     with pytest.raises(
-        DeploymentError, match=rf"(?s)1 distinct adapter at once take {ROW} bytes.*2,552, of which 2,480.*unpin"
+        DeploymentError, match=rf"(?s)1 distinct adapter at once take {ROW} bytes.*2,720, of which 2,720.*unpin"
     ):
         answer(deployment, "a0")
     for call in (deployment.pin, deployment.unpin):
@@ -417,7 +417,7 @@ def test_closing_wakes_whoever_waits(tmp_path):
 
 def test_how_many_fit(tmp_path):
     deployment = Deployment.open(
-        make_folder(tmp_path / "out", base_labels=3), memory=100_000, max_coefficients=20, max_labels=5
+        make_folder(tmp_path / "out", base_labels=3), memory=100_000, max_coefficients=28, max_labels=5
     )
     deployment.load("a", write(tmp_path / "a.safetensors", 1, labels=2))
     deployment.load("b", write(tmp_path / "b.safetensors", 2))

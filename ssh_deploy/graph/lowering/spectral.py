@@ -1,39 +1,41 @@
 """Sparse spectra inside the graph: y += F_Mᵀ S F_N x for every row of the batch with its own S, and no ScatterND.
 
-**What runs.** Per row of the batch and site, n coefficients (row u, column v, value s). With tokens as the last axis,
-z = F_N x [in, tokens] is two MatMuls (`TwoStage`), shared by all sites that read x. Then
+**What runs.** Per row of the batch and site, n coefficients (row u, column v, value s), compressed by rows (CSR). With
+the batch's tokens as the last axis, z = F_N x [in, batch·tokens] is two MatMuls (`TwoStage`), shared by all sites that
+read x. Then
 
-    w = s · z[v]            Gather of whole token rows, Mul
+    w = s · z[v]            Gather of a batch row's tokens, Mul
     t[u] = Σ w over row u   the sparse sum
     y = F_Mᵀ t              two MatMuls
 
 **The sparse sum.** ScatterND(add) is the obvious operator and loses additions: onnxruntime 1.31 splits its index
 tuples over threads without a lock, and two threads adding to one row overwrite each other (measured: 200 of 200
 runs wrong at 6,000 tuples on 50 rows with 2 threads). ScatterElements(add) is serial and right, and seven times slower.
-So coefficients stand *in descending order of their row*, and the sum over equal neighbours is a difference of prefix
-sums: P = CumSum(w), and with c[u] = how many coefficients have a row ≥ u,
+So coefficients stand in ascending order of their row, and the sum over equal neighbours is a difference of prefix
+sums, P[k] = Σ w over coefficients before k, at the ends of the row that the CSR row pointers r tell:
 
-    t[u] = P[c[u]] − P[c[u+1]]
+    t[u] = P[r[u+1]] − P[r[u]]
 
 The difference is linear, so it lives inside the first factor of the backward transform, which then takes 2q+1 prefix
-rows for 2q outputs. c itself is a histogram (ScatterElements of ones, serial, single integers) and a CumSum, for all
-sites at once. Descending, because a narrower adapter in a wider bank is padded with value 0 at place (0, 0): zeros
-at the end stay in order. The cost of the prefix sums is their rounding: about 2⁻²⁴·√n of the largest |w|.
+rows for 2q outputs. The cost of the prefix sums is their rounding: about 2⁻²⁴·√n of the largest |w|.
 
-**Never a wrong answer.** Coefficients out of order, or places outside their weight, end in an error of Gather (a
-one-element table asked for its second element); so do ids that are negative or beyond the bank.
+**No Transpose of its own.** The first factor forward is many small products on x as it lies, and what the second
+needs the other way round onnxruntime fuses into its MatMul (FusedMatMul); backward ends likewise in many small
+products, that write y as it shall lie. Their one Transpose left moves [n, batch·tokens] once.
 
-**Cost.** `ssh-deploy bench bank` measures it. At 8×64 on the BERT-base shape half of what an active adapter adds is
-the transforms' MatMuls (one transform of 512 tokens at 768 costs 0.14 of a dense layer in time, 0.10 in multiply-adds);
-the rest, in order: Transpose, adding to the batch (ScatterND), Gather, Mul, CumSum: each is one pass over [n, tokens].
-At 1×16 it is the number of nodes: ten per group and eight per site, 5 to 20 µs each, and 0.5 ms a run for what all
-sites share (ids, casts, row starts, checks). So a backward transform per site, though sites of one width could share
-it: the copy that takes the shared result apart costs more than the nodes saved. Not covered: single tokens.
+**Never a wrong answer.** Row pointers beyond the coefficients, or columns outside their weight, end in an error of
+Gather (a one-element table asked for its second element); so do ids that are negative or beyond the bank.
+
+**Cost.** `ssh-deploy bench bank` measures it. Half of what an active adapter adds at 8×64 on the BERT-base shape is the
+transforms' MatMuls; the rest is one pass over [n, tokens] each for Gather, Mul, CumSum, Transpose and the addition. At
+1×16 it is the number of nodes, some 40 a group of two sites and 2 µs each, and 0.3 ms a run for what all sites share.
+So a backward transform per site, though sites of one width could share it: the copy that takes the shared result
+apart costs more than the nodes saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,133 +55,136 @@ class SpectralBank:
     """Optional inputs of one axis kernel, and what the graph makes of them for a batch.
 
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
-    [0, 1]). By first site of a group of size g: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and
-    ``cols`` int32 [batch, g, n+1], places in the flattened [batch·in] rows of z. By site: ``starts`` int32
-    [batch, 1, blocks, width+1], places c[u] in the flattened [batch·g·(n+1)] rows of P.
+    [0, 1]). Of all sites: ``values`` f32 [batch, sites, n+1, 1], scaled, one zero at the end; ``cols`` int32
+    [batch, sites, n+1], places in the flattened [in·batch] rows of z; by out ``pointers`` int32 [sites of that out,
+    blocks, width+1, batch], places in the flattened [batch·g·(n+1)] rows of the prefix sums of a group of g sites.
+    ``lead``: (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out
+    ``spread`` int64 [3], (its batch, its tokens, out).
     """
 
     axis: str
+    shapes: Sequence[tuple[int, int]]
     gate: ir.Value
     batch: ir.Value
-    values: Mapping[int, ir.Value]
-    cols: Mapping[int, ir.Value]
-    starts: Mapping[int, ir.Value]
+    values: ir.Value
+    cols: ir.Value
+    pointers: Mapping[int, ir.Value]
+    lead: tuple[object, object]
+    tokens: ir.Value
+    spread: Mapping[int, ir.Value]
 
 
 def prepare(
     emitter: Emitter,
     axis: str,
     inputs: Mapping[str, ir.Value],
+    pointers: Mapping[int, ir.Value],
     ids: ir.Value,
     *,
+    like: ir.Value,
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
 ) -> SpectralBank:
-    """Emit what all sites share, once a run: the batch's rows of the bank, places in flat arrays, row starts.
+    """Emit what all sites share, once a run: the batch's rows of the bank, places in flat arrays, checks, lengths.
 
     Args:
         emitter: of the outermost graph.
         axis: name of the axis kernel.
-        inputs: ``values``, ``scales``, ``rows``, ``cols``.
+        inputs: ``values``, ``scales``, ``cols``.
+        pointers: by out, of its sites.
         ids: checked rows of the bank, int64 [batch].
+        like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
         shapes: (out, in) of every site.
         groups: sizes of the groups, whose sites follow one another.
     """
-    # of the rows, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
-    gate = emitter.op("Greater", emitter.op("Size", inputs["rows"]), emitter.const(0, INT64))
+    # of the places, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
+    gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
     # outside the branch: ids beyond the bank are an error even when nothing is fed
     scales = emitter.op("Gather", inputs["scales"], ids, axis=0)
     then, other = emitter.branch("rows"), emitter.branch("none")
-    batch = then.op("Shape", ids)
-    number = then.op("Range", then.const(0, INT64), then.op("Squeeze", batch), then.const(1, INT64))
-    results = [then.op("Unsqueeze", number, then.ints(1))]
-    number = then.op("Cast", then.op("Reshape", number, then.ints(-1, 1, 1)), to=ir.DataType.INT32)
-    ends = then.ints(0, 0, 0, 0, 0, 1)
-    rows = then.op("Cast", then.op("Gather", inputs["rows"], ids, axis=0), to=ir.DataType.INT32)
-    cols = then.op("Cast", then.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
-    number = then.op("Add", number, _checked(then, rows, cols, shapes))
+    rows = then.op("Range", then.const(0, INT64), then.op("Size", ids), then.const(1, INT64))
+    number = then.op("Cast", rows, to=ir.DataType.INT32)
     values = then.op("Cast", then.op("Gather", inputs["values"], ids, axis=0), to=ir.DataType.FLOAT)
     values = then.op("Mul", values, then.op("Unsqueeze", scales, then.ints(2)))
-    values = then.op("Unsqueeze", then.op("Pad", values, ends), then.ints(3))
-    inner = np.array([shape[1] for shape in shapes], INT32).reshape(1, -1, 1)
-    cols = then.op("Add", then.op("Pad", cols, ends), then.op("Mul", number, then.const(inner, INT32)))
-    firsts = np.cumsum([0, *groups[:-1]]).tolist()
-    results += [*_split(then, values, groups), *_split(then, cols, groups)]
-    starts = _row_starts(then, rows, batch, number, shapes=shapes, groups=groups, axis=axis)
-    results += starts.values()
-    kinds = [INT64, *[FLOAT] * len(groups), *[INT32] * (len(groups) + len(shapes))]
+    end = then.ints(0, 0, 0, 0, 0, 1)
+    values = then.op("Unsqueeze", then.op("Pad", values, end), then.ints(3))
+    cols = then.op("Cast", then.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
+    cols = then.op("Pad", cols, end)
+    n = then.op("Cast", then.op("Shape", cols, start=2, end=3), to=ir.DataType.INT32)
+    own = {out: _own_pointers(then, value, ids) for out, value in pointers.items()}
+    nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
+    size = then.op("Cast", then.op("Size", ids), to=ir.DataType.INT32)
+    first = then.op("Add", then.op("Reshape", number, then.ints(-1, 1, 1)), nil)
+    cols = then.op("Add", then.op("Mul", cols, size), first)
+    places = {out: _windows(then, axis, out, value, number, n, shapes, groups) for out, value in own.items()}
+    results = [then.op("Unsqueeze", rows, then.ints(1)), values, cols, *places.values()]
+    kinds = [INT64, FLOAT, *[INT32] * (1 + len(places))]
     none = [other.op("Identity", other.const(np.zeros((0, 1)), INT64))]
     none += [other.op("Identity", other.const(np.zeros((0,), kind), kind)) for kind in kinds[1:]]
     for value, kind in zip(results + none, [*kinds, *kinds], strict=True):
         value.dtype = ir.DataType.from_numpy(np.dtype(kind))
-    out = list(emitter.when(gate, then, results, other, none))
-    count = len(groups)
+    batch, values, cols, *found = emitter.when(gate, then, results, other, none)
+    sides = emitter.op("Shape", like, start=0, end=2)
+    tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", like, start=1, end=2), axis=0)
+    spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in places}
+    lead = _leading(like)
+    assert lead is not None
     return SpectralBank(
-        axis,
-        gate,
-        batch=out[0],
-        values=dict(zip(firsts, out[1 : 1 + count], strict=True)),
-        cols=dict(zip(firsts, out[1 + count : 1 + 2 * count], strict=True)),
-        starts=dict(zip(starts, out[1 + 2 * count :], strict=True)),
+        axis, shapes, gate, batch, values, cols, dict(zip(places, found, strict=True)), lead, tokens, spread
     )
 
 
-def _split(emitter: Emitter, array: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
-    """``array`` cut along the ``sites`` dimension (1)."""
-    if len(sizes) == 1:
-        return [array]
-    return emitter.ops("Split", array, emitter.ints(*sizes), outputs=len(sizes), axis=1)
+def _own_pointers(emitter: Emitter, pointers: ir.Value, ids: ir.Value) -> ir.Value:
+    """The batch's rows of ``pointers``, int32 [sites, out+1, batch]; turned round while they are small."""
+    own = emitter.op("Transpose", emitter.op("Gather", pointers, ids, axis=0), perm=[1, 2, 0])
+    return emitter.op("Cast", own, to=ir.DataType.INT32)
 
 
-def _checked(emitter: Emitter, rows: ir.Value, cols: ir.Value, shapes: Sequence[tuple[int, int]]) -> ir.Value:
-    """An int32 zero [1] that cannot be had when rows ascend or places lie outside their weights."""
-    width = len(shapes)
-    high_row = emitter.const(np.array([s[0] - 1 for s in shapes]).reshape(1, width, 1), INT32)
-    high_col = emitter.const(np.array([s[1] - 1 for s in shapes]).reshape(1, width, 1), INT32)
-    upper = emitter.op("Slice", rows, emitter.ints(0), emitter.ints(-1), emitter.ints(2))
-    lower = emitter.op("Slice", rows, emitter.ints(1), emitter.ints(1 << 40), emitter.ints(2))
-    # rows descend, so the first is the highest and the last the lowest
-    first = emitter.op("Slice", rows, emitter.ints(0), emitter.ints(1), emitter.ints(2))
-    last = emitter.op("Slice", rows, emitter.ints(-1), emitter.ints(1 << 40), emitter.ints(2))
-    steps = emitter.op("Concat", emitter.op("Sub", upper, lower), emitter.op("Sub", high_row, first), last, axis=2)
-    worst = [steps, emitter.op("Sub", high_col, cols), cols]
-    least = emitter.op("Min", *(emitter.op("ReduceMin", value, keepdims=0) for value in worst))
-    broken = emitter.op("Cast", emitter.op("Less", least, emitter.const(0, INT32)), to=ir.DataType.INT64)
+def _checked(
+    emitter: Emitter,
+    cols: ir.Value,
+    pointers: Iterable[ir.Value],
+    n: ir.Value,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    small: bool,
+) -> ir.Value:
+    """An int32 zero [1] that cannot be had when a place lies outside its weight or a pointer beyond P.
+
+    ``small``: columns were unsigned. Pointers always are.
+    """
+    highest = emitter.const(np.array([[inn - 1 for _, inn in shapes]]), INT32)
+    room = [emitter.op("Sub", highest, emitter.op("ReduceMax", cols, emitter.ints(2), keepdims=0))]
+    if not small:
+        room.append(cols)
+    room = [emitter.op("ReduceMin", value, keepdims=0) for value in room]
+    last = emitter.op("Squeeze", emitter.op("Sub", n, emitter.const([1], INT32)))
+    room += [emitter.op("Sub", last, emitter.op("ReduceMax", value, keepdims=0)) for value in pointers]
+    broken = emitter.op(
+        "Cast", emitter.op("Less", emitter.op("Min", *room), emitter.const(0, INT32)), to=ir.DataType.INT64
+    )
     return emitter.op("Gather", emitter.const([0], INT32), emitter.op("Reshape", broken, emitter.ints(1)), axis=0)
 
 
-def _row_starts(
+def _windows(
     emitter: Emitter,
-    rows: ir.Value,
-    batch: ir.Value,
+    axis: str,
+    out: int,
+    pointers: ir.Value,
     number: ir.Value,
-    *,
+    n: ir.Value,
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
-    axis: str,
-) -> dict[int, ir.Value]:
-    highest = max(shape[0] for shape in shapes)
-    size = emitter.op("Concat", batch, emitter.ints(len(shapes), highest + 1), axis=0)
-    zeros = emitter.op("ConstantOfShape", size, value=ir.tensor(np.zeros(1, INT32)))
-    ones = emitter.op("ConstantOfShape", emitter.op("Shape", rows), value=ir.tensor(np.ones(1, INT32)))
-    counts = emitter.op("ScatterElements", zeros, rows, ones, axis=2, reduction="add")
-    counts = emitter.op("CumSum", counts, emitter.const(2, INT64), reverse=1)  # c[u]: coefficients with a row ≥ u
-    length = emitter.op("Cast", emitter.op("Shape", rows, start=2, end=3), to=ir.DataType.INT32)
-    length = emitter.op("Add", length, emitter.const([1], INT32))
-    sizes = np.repeat(groups, groups).reshape(1, -1, 1)
-    places = np.concatenate([np.arange(size) for size in groups]).reshape(1, -1, 1)
-    block = emitter.op("Add", emitter.op("Mul", number, emitter.const(sizes, INT32)), emitter.const(places, INT32))
-    counts = emitter.op("Add", counts, emitter.op("Mul", block, length))
-    starts: dict[int, ir.Value] = {}
-    for out in sorted({shape[0] for shape in shapes}):
-        blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
-        own = emitter.op("Slice", counts, emitter.ints(0), emitter.ints(out), emitter.ints(2))
-        own = emitter.op("Reshape", own, emitter.ints(0, 0, blocks, width))
-        steps = [emitter.ints(i) for i in (width, out + 1, 2, width)]
-        after = emitter.op("Reshape", emitter.op("Slice", counts, *steps), emitter.ints(0, 0, blocks, 1))
-        windows = _split(emitter, emitter.op("Concat", own, after, axis=3), [1] * len(shapes))
-        starts |= {site: windows[site] for site, shape in enumerate(shapes) if shape[0] == out}
-    return dict(sorted(starts.items()))
+) -> ir.Value:
+    """Places of the prefix rows that each block of the backward transform takes; see `SpectralBank.pointers`."""
+    blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
+    window = width * np.arange(blocks)[:, None] + np.arange(width + 1)
+    sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
+    size = np.repeat(groups, groups)[sites].reshape(-1, 1, 1, 1)
+    within = np.concatenate([np.arange(g) for g in groups])[sites].reshape(-1, 1, 1, 1)
+    block = emitter.op("Mul", number, emitter.const(size, INT32))
+    block = emitter.op("Mul", emitter.op("Add", block, emitter.const(within, INT32)), n)
+    return emitter.op("Add", emitter.op("Gather", pointers, emitter.const(window, INT64), axis=1), block)
 
 
 def contribution(
@@ -197,54 +202,87 @@ def contribution(
         f32 of the shape of each call's result.
     """
     modules = {call.module: call.outputs for call in calls}
-    first = min(table[module] for module in modules)
-    activation, tokens, n_in = calls[0].activation, calls[0].tokens, calls[0].inputs
-    x = activation if tokens else emitter.op("Unsqueeze", activation, emitter.ints(1))
-    if activation.shape is not None and len(activation.shape) == 4:
-        x = emitter.op("Reshape", activation, emitter.ints(0, 0, n_in))
-    z = _forward(emitter, x, get_transform(bank.axis).axis.two_stage(n_in))
-    terms = emitter.op("Mul", emitter.op("Gather", z, bank.cols[first], axis=0), bank.values[first])
+    first, total = min(table[module] for module in modules), len(bank.shapes)
+    x, n_in = calls[0].activation, calls[0].inputs
+    one, tokens, spread = not calls[0].tokens, bank.tokens, bank.spread
+    if one:
+        tokens, spread = emitter.ints(-1, 1), {out: emitter.ints(-1, out) for out in spread}
+    elif _leading(x) != bank.lead:
+        tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", x, start=1, end=2), axis=0)
+        sides = emitter.op("Shape", x, start=0, end=2)
+        spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in set(modules.values())}
+    z = emitter.op("Reshape", _forward(emitter, x, get_transform(bank.axis).axis.two_stage(n_in)), tokens)
+    cols = _cut(emitter, bank.cols, first, len(modules), 1, total)
+    values = _cut(emitter, bank.values, first, len(modules), 1, total)
+    terms = emitter.op("Mul", emitter.op("Gather", z, cols, axis=0), values)
     sums = emitter.op("Flatten", emitter.op("CumSum", terms, emitter.const(2, INT64), exclusive=1), axis=3)
     answers: dict[str, ir.Value] = {}
-    for module, n_out in modules.items():
-        prefix = emitter.op("Gather", sums, bank.starts[table[module]], axis=0)
-        y = _backward(emitter, prefix, get_transform(bank.axis).axis.two_stage(n_out))
-        answers[module] = y if tokens else emitter.op("Squeeze", y, emitter.ints(1))
+    for module, out in modules.items():
+        same = [i for i, shape in enumerate(bank.shapes) if shape[0] == out]
+        pointers = _cut(emitter, bank.pointers[out], same.index(table[module]), 1, 0, len(same))
+        prefix = emitter.op("Gather", sums, pointers, axis=0)  # [1, blocks, width+1, batch, tokens]
+        y = _backward(emitter, prefix, get_transform(bank.axis).axis.two_stage(out))
+        answers[module] = emitter.op("Reshape", y, spread[out])
     return [answers[call.module] for call in calls]
 
 
+def _leading(value: ir.Value) -> tuple[object, object] | None:
+    """The first two sides, None where they are not known."""
+    sides = value.shape
+    if sides is None or len(sides) < 2:
+        return None
+    found = tuple(side if isinstance(side, int) else side.value for side in sides[:2])
+    return None if None in found else (found[0], found[1])
+
+
+def _cut(emitter: Emitter, array: ir.Value, first: int, count: int, axis: int, total: int) -> ir.Value:
+    """``count`` of ``array``'s ``total`` sites."""
+    if count == total:
+        return array
+    return emitter.op("Gather", array, emitter.ints(*range(first, first + count)), axis=axis)  # Slice takes longer
+
+
 def _forward(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
-    """F x for x [batch, tokens, n], as [batch·n, tokens] in the stages' order."""
+    """F x for x [batch, tokens, n], as [.., .., batch·tokens] in the stages' order."""
     if stages.permutation is not None:
-        x = emitter.op("Gather", x, emitter.ints(*stages.permutation.tolist()), axis=2)
-    x = emitter.op("Transpose", x, perm=[0, 2, 1])
-    if stages.p == 1:
-        return emitter.op("Flatten", emitter.op("MatMul", emitter.const(stages.second[0], FLOAT), x), axis=2)
+        x = emitter.op("Reshape", x, emitter.ints(-1, stages.n))
+        x = emitter.op("Gather", x, emitter.ints(*stages.permutation.tolist()), axis=1)
+    if stages.p > 1:
+        x = emitter.op("Reshape", x, emitter.ints(-1, stages.p, stages.q))
+        x = emitter.op("MatMul", emitter.const(stages.first, FLOAT), x)
     blocks, width, _ = stages.second.shape
-    x = emitter.op("Reshape", x, emitter.ints(0, stages.p, -1))
-    x = emitter.op("MatMul", emitter.const(stages.first, FLOAT), x)
-    x = emitter.op("Reshape", x, emitter.ints(0, blocks, width, -1))
-    return emitter.op("Flatten", emitter.op("MatMul", emitter.const(stages.second, FLOAT), x), axis=3)
+    x = emitter.op("Reshape", x, emitter.ints(-1, blocks, width))
+    # a MatMul that reads its second factor turned round: onnxruntime fuses the two
+    return emitter.op("MatMul", emitter.const(stages.second, FLOAT), emitter.op("Transpose", x, perm=[1, 2, 0]))
 
 
 def _backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
-    """Fᵀ t for prefix rows [batch, 1, blocks, width+1, tokens] of t, as [batch, tokens, n]."""
-    y = emitter.op("MatMul", emitter.const(differenced(stages), FLOAT), prefix)
+    """Fᵀ t for prefix rows [1, blocks, width+1, batch, tokens] of t, as [batch·tokens, .., ..]."""
+    blocks, width, _ = stages.second.shape
+    second, first = backward_factors(stages)
+    y = emitter.op("Reshape", prefix, emitter.ints(blocks, width + 1, -1))
+    y = emitter.op("MatMul", emitter.const(second, FLOAT), y)
+    y = emitter.op("Transpose", emitter.op("Reshape", y, emitter.ints(stages.p, stages.q, -1)), perm=[2, 0, 1])
     if stages.p > 1:
-        y = emitter.op("Reshape", y, emitter.ints(0, stages.p, -1))
-        y = emitter.op("MatMul", emitter.const(stages.first.T, FLOAT), y)
-    y = emitter.op("Reshape", y, emitter.ints(0, stages.n, -1))
-    y = emitter.op("Transpose", y, perm=[0, 2, 1])
+        y = emitter.op("MatMul", emitter.const(first, FLOAT), y)
     if stages.permutation is not None:
-        y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=2)
+        y = emitter.op("Reshape", y, emitter.ints(-1, stages.n))
+        y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=1)
     return y
 
 
-def differenced(stages: TwoStage) -> NDArray[np.float64]:
-    """``second[i]ᵀ D``, float64 [blocks, width, width+1]: takes prefix rows instead of their differences.
+def backward_factors(stages: TwoStage) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The factors of Fᵀ that take prefix rows P instead of t, ``t[u] = P[u+1] − P[u]``, and stand as the graph needs.
 
-    ``(D P)[j] = P[j] − P[j+1]``.
+    Returns:
+        ``second[i]ᵀ D`` float64 [2, blocks, q, width+1], the halves of each block's outputs apart ([1, n, n+1] with
+        ``p = 1``); and ``firstᵀ`` [p, p], its columns in the order (half, block).
     """
-    transposed = stages.second.transpose(0, 2, 1)
-    edge = np.zeros((*transposed.shape[:2], 1))
-    return np.concatenate([transposed, edge], axis=2) - np.concatenate([edge, transposed], axis=2)
+    turned = stages.second.transpose(0, 2, 1)
+    edge = np.zeros((*turned.shape[:2], 1))
+    second = np.concatenate([edge, turned], axis=2) - np.concatenate([turned, edge], axis=2)
+    if stages.p == 1:
+        return second, stages.first
+    blocks, width, _ = stages.second.shape
+    second = second.reshape(blocks, 2, stages.q, width + 1).transpose(1, 0, 2, 3)
+    return second, stages.first.T.reshape(-1, blocks, 2).transpose(0, 2, 1).reshape(stages.p, stages.p)
