@@ -81,7 +81,7 @@ class Generator:
         self._waiting: deque[Stream] = deque()
         self._active: list[Stream] = []
         self._cache: Cache | None = None
-        self._lent: Mapping[str, Any] = {}
+        self._lent: Mapping[str, Any] | None = None  # of those that run; made anew when rows change
         self._full = False  # until something is given back, there is no room for the next one's adapter
         self._stepping = threading.Lock()
         self._closed = False
@@ -219,13 +219,14 @@ class Generator:
                 stream.hear(row)
             self._cache = cache if self._cache is None else self._cache.beside(cache)
             self._active += joining
-            self._lent = {}
+            self._lent = None
 
     def _go_on(self) -> None:
         """One more token for every row."""
         assert self._cache is not None
         with self._failing(self._active):
-            self._lent = self._lent or {name: ort_value(a) for name, a in self._feeds(self._active).items()}
+            if self._lent is None:
+                self._lent = {name: ort_value(array) for name, array in self._feeds(self._active).items()}
             tokens = [stream.tokens[-1] for stream in self._active]
             logits, self._cache = self._model.step(tokens, self._cache, self._lent)
             for stream, row in zip(self._active, logits, strict=True):
@@ -247,7 +248,7 @@ class Generator:
         self._give_back([stream for stream in self._active if stream.ended])
         self._active = [self._active[i] for i in keep]
         self._cache = self._cache.only(keep) if keep and self._cache else None
-        self._lent = {}
+        self._lent = None
 
     def _give_back(self, streams: Sequence[Stream]) -> None:
         for stream in streams:
