@@ -222,18 +222,22 @@ def _replace(call: Call, blocks: Blocks, stored: Mapping[str, ir.Value]) -> None
 
 
 def _without_bias(product: ir.Value) -> ir.Value | None:
-    """Take the Add of a bias behind ``product``, or behind what slots add to it, out of the graph; its bias."""
-    result = product
+    """Take the Add of a bias behind ``product``, or behind what slots add to it, out of the graph; its bias.
+
+    What slots make of the product itself (maps on the side of the answers) reads it without the bias as before.
+    """
+    result, chain, outer = product, [product], _graph_of(product)
     while True:
-        users = [node for node in result.consumers() if node.graph is not None and node.graph is _outer(product)]
-        if len(users) != 1 or users[0].op_type not in ("ScatterND", "Add"):
+        users = [node for node in result.consumers() if node.graph is outer]
+        if len(users) != 1:
             return None
-        if users[0].op_type == "Add":
+        if users[0].op_type != "ScatterND" or not (users[0].name or "").startswith("adapter/"):
             break
         result = users[0].outputs[0]
+        chain.append(result)
     add = users[0]
     bias = next((v for v in add.inputs if v is not None and v is not result), None)
-    if bias is None or not is_stored(bias) or bias.shape is None or len(bias.shape) != 1:
+    if add.op_type != "Add" or bias is None or not is_stored(bias) or bias.shape is None or len(bias.shape) != 1:
         return None
     graph, total = add.graph, add.outputs[0]
     assert graph is not None
@@ -242,10 +246,27 @@ def _without_bias(product: ir.Value) -> ir.Value | None:
         total.name, result.name = result.name, name
     ir.convenience.replace_all_uses_with(total, result, replace_graph_outputs=True)
     graph.remove(add, safe=True)
+    for value in chain:
+        _subtract_in_branches(value, bias, outer)
     return bias
 
 
-def _outer(value: ir.Value) -> ir.Graph | ir.Function | None:
+def _subtract_in_branches(value: ir.Value, bias: ir.Value, outer: ir.Graph | ir.Function | None) -> None:
+    """Give readers of ``value`` inside the branches of slots ``value − bias``; absent ones take its shape only."""
+    made: dict[int, ir.Value] = {}
+    for node, i in list(value.uses()):
+        branch = node.graph
+        if branch is None or branch is outer or "/absent/" in (node.name or ""):
+            continue
+        if id(branch) not in made:
+            less = ir.node("Sub", [value, bias], name=f"{node.name}/without_bias")
+            less.outputs[0].name, less.outputs[0].type = f"{less.name}_out", value.type
+            branch.insert_before(node, [less])
+            made[id(branch)] = less.outputs[0]
+        node.replace_input_with(i, made[id(branch)])
+
+
+def _graph_of(value: ir.Value) -> ir.Graph | ir.Function | None:
     node = value.producer()
     return None if node is None else node.graph
 
