@@ -65,9 +65,9 @@ def decoder_adapter(base, *, seed, ends=ENDS, n=40):
     return random_adapter(shapes, n=n, alpha=900.0, seed=seed, task="causal-lm")
 
 
-def export_decoder(folder, **options):
+def export_decoder(folder, *, fields=None, **options):
     """(base, {name: adapter file}, exported folder) of a pico decoder with `ADAPTERS`; one touches few sites."""
-    base = pico_decoder(folder / "base")
+    base = pico_decoder(folder / "base", **(fields or {}))
     files = {}
     for seed, name in enumerate(ADAPTERS):
         ends = ("v_proj",) if name == "blue" else ENDS

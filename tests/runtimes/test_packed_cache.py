@@ -5,10 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-from decoder_folders import pico_decoder, torch_tokens
+from decoder_folders import export_decoder, torch_tokens
 
 from ssh_deploy import Deployment
 from ssh_deploy.errors import DeploymentError
+from ssh_deploy.jobs.exporting import ExportOptions
 from ssh_deploy.runtimes.cache import Cache
 from ssh_deploy.runtimes.session import Session, ort_value
 
@@ -16,47 +17,44 @@ PROMPTS = ["the quick", "when is the end of the", "h", "世界 the fox"]
 
 
 @pytest.fixture(scope="module")
-def built(decoder, tmp_path_factory):
-    """(base, folder): the exported folder's descriptions around the graph that the builder makes of another base."""
-    builder = pytest.importorskip("onnxruntime_genai.models.builder", reason="onnxruntime-genai is not installed")
+def built(tmp_path_factory):
+    """(base, {name: adapter file}, folder) of a decoder out of the builder, with slots for its adapters."""
+    pytest.importorskip("onnxruntime_genai.models.builder", reason="onnxruntime-genai is not installed")
     place = tmp_path_factory.mktemp("built")
-    base, graph, out = pico_decoder(place / "base", head_dim=16), place / "graph", place / "out"
-    words = ("", str(base), str(graph), "fp32", "cpu", str(place / "cache"))
-    builder.create_model(*words, **builder.parse_extra_options(*words, ["disable_qkv_fusion=true"]))
-    shutil.copytree(decoder[2], out)
-    for file in ("model.onnx", "model.onnx.data", "genai_config.json"):
-        shutil.copy(graph / file, out / file)
-    fields = json.loads((out / "deployment.json").read_text())
-    fields |= {"guard": None, "sites": [], "kinds": [], "orders": {}, "adapters": {}}
-    fields["decoder"] |= {"head_dim": 16, "logits_at": None}
-    (out / "deployment.json").write_text(json.dumps(fields))
-    return base, out
+    return export_decoder(place, fields={"head_dim": 16}, options=ExportOptions(builder="genai"))
 
 
 @pytest.fixture(scope="module")
-def want(built, decoder):
-    with Deployment.open(built[1], threads=1) as deployment:
+def want(built):
+    """Tokens of every prompt by adapter, from torch."""
+    base, files, out = built
+    with Deployment.open(out, threads=1) as deployment:
         encoded = [deployment._prompts.encode(prompt) for prompt in PROMPTS]
-    return torch_tokens(built[0], encoded, most=24)
+    names = (None, *files)
+    return {name: torch_tokens(base, encoded, adapter=files.get(name), most=24) for name in names}
 
 
-def test_a_batch_of_all_lengths_is_what_torch_generates(built, want):
-    with Deployment.open(built[1], threads=1) as deployment:
+def test_a_mixed_batch_of_all_lengths_is_what_torch_generates(built, want):
+    pairs = [(i, name) for name in want for i in range(4)]
+    with Deployment.open(built[2], threads=1) as deployment:
         assert deployment.folder.decoder.packed
-        assert [list(g.tokens) for g in deployment.generate(PROMPTS, max_new_tokens=24)] == want
-        alone = [deployment.generate([prompt], max_new_tokens=24)[0] for prompt in PROMPTS]
-    assert [list(g.tokens) for g in alone] == want
+        answers = deployment.generate([PROMPTS[i] for i, _ in pairs], [name for _, name in pairs], max_new_tokens=24)
+        for (i, name), answer in zip(pairs, answers, strict=True):
+            assert list(answer.tokens) == want[name][i]
+        for name, tokens in want.items():
+            assert list(deployment.generate([PROMPTS[2]], name, max_new_tokens=24)[0].tokens) == tokens[2]
 
 
 def test_rows_join_and_leave(built, want):
-    with Deployment.open(built[1], threads=1) as deployment, deployment.generator(rows=3) as generator:
+    names = list(want)
+    with Deployment.open(built[2], threads=1) as deployment, deployment.generator(rows=3) as generator:
         streams = []
         for i, prompt in enumerate(PROMPTS * 3):
-            streams.append(generator.submit(prompt, max_new_tokens=3 + (7 * i) % 20))
+            streams.append(generator.submit(prompt, names[i % 3], max_new_tokens=3 + (7 * i) % 20))
             generator.step()
             generator.step()
         for i, stream in enumerate(streams):
-            assert list(stream.result().tokens) == want[i % 4][: 3 + (7 * i) % 20]
+            assert list(stream.result().tokens) == want[names[i % 3]][i % 4][: 3 + (7 * i) % 20]
 
 
 def test_a_long_prompt_is_read_in_chunks_where_it_is_alone(built, want, monkeypatch):
@@ -71,8 +69,8 @@ def test_a_long_prompt_is_read_in_chunks_where_it_is_alone(built, want, monkeypa
 
     monkeypatch.setattr(Session, "run_kept", watch)
     monkeypatch.setattr(language_model, "_MOST_TOKENS", 2)
-    with Deployment.open(built[1], threads=1) as deployment:
-        assert list(deployment.generate([PROMPTS[1]], max_new_tokens=24)[0].tokens) == want[1]
+    with Deployment.open(built[2], threads=1) as deployment:
+        assert list(deployment.generate([PROMPTS[1]], "red", max_new_tokens=24)[0].tokens) == want["red"][1]
         assert shapes[:3] == [(1, 2)] * 3
         shapes.clear()
         deployment.generate(PROMPTS, max_new_tokens=2)
@@ -82,7 +80,7 @@ def test_a_long_prompt_is_read_in_chunks_where_it_is_alone(built, want, monkeypa
 
 def test_a_cache_of_other_sides_is_refused(built, tmp_path):
     out = tmp_path / "out"
-    shutil.copytree(built[1], out)
+    shutil.copytree(built[2], out)
     fields = json.loads((out / "deployment.json").read_text())
     fields["decoder"]["kv_heads"] = 3
     (out / "deployment.json").write_text(json.dumps(fields))
