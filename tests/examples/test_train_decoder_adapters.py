@@ -19,7 +19,7 @@ def run(root, *arguments):
         [sys.executable, str(root / "examples" / "train_decoder_adapters.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=environment,
         check=False,
     )
