@@ -26,7 +26,7 @@ from ssh_deploy.deltas.sparse import SparseDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, near_misses
 from ssh_deploy.graph.lowrank_rows import product_rows, stack_padded
-from ssh_deploy.graph.spectral_rows import AXES, is_of, spectral_rows
+from ssh_deploy.graph.spectral_rows import AXES, is_of, spectrum_rows
 from ssh_deploy.graph.structured_rows import SIDED, SPARSE, sided_rows, sparse_rows
 
 GUARD = "adapter_guard"
@@ -102,7 +102,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
     where, values = str(adapter.source), np.dtype(layout.adapter_dtype)
     for kind, deltas in by_kind.items():
         if kind in AXES:
-            arrays |= spectral_rows(where, kind, deltas, layout.sites, values=values, places=layout.place_dtype)
+            arrays |= spectrum_rows(where, kind, deltas, layout.sites, values=values, places=layout.place_dtype)
         elif kind == "sparse":
             arrays |= sparse_rows(where, deltas, layout.sites, values=values, places=layout.place_dtype)
         else:

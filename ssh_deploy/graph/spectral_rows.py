@@ -39,7 +39,7 @@ def is_of(name: str, prefix: str) -> bool:
     return name.startswith(prefix) and (part in _PARTS or part.startswith(ROW_POINTERS))
 
 
-def spectral_rows(
+def spectrum_rows(
     where: str,
     kind: str,
     deltas: Mapping[int, SpectralDelta],

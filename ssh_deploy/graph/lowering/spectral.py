@@ -30,7 +30,7 @@ Gather (a one-element table asked for its second element); so do ids that are ne
 transforms' MatMuls; the rest is one pass over [n, tokens] each for Gather, Mul, CumSum, Transpose and the addition. At
 1×16 it is the number of nodes, some 40 a group of two sites and 2 µs each, and 0.3 ms a run for what all sites share.
 So a backward transform per site, though sites of one width could share it: the copy that takes the shared result
-apart costs more than the nodes saved.
+apart costs more than the nodes saved; and the sites' arrays are cut apart once, not in every group.
 """
 
 from __future__ import annotations
@@ -55,19 +55,18 @@ class SpectralBank:
     """Optional inputs of one axis kernel, and what the graph makes of them for a batch.
 
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
-    [0, 1]). Of all sites: ``values`` f32 [batch, sites, n+1, 1], scaled, one zero at the end; ``cols`` int32
-    [batch, sites, n+1], places in the flattened [in·batch] rows of z; by out ``pointers`` int32 [sites of that out,
-    blocks, width+1, batch], places in the flattened [batch·g·(n+1)] rows of the prefix sums of a group of g sites.
-    ``lead``: (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out
-    ``spread`` int64 [3], (its batch, its tokens, out).
+    [0, 1]). By first site of a group of g sites: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and
+    ``cols`` int32 [batch, g, n+1], places in the flattened [in·batch] rows of z. By site: ``pointers`` int32
+    [1, blocks, width+1, batch], places in the flattened [batch·g·(n+1)] rows of the group's prefix sums. ``lead``:
+    (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out ``spread``
+    int64 [3], (its batch, its tokens, out).
     """
 
     axis: str
-    shapes: Sequence[tuple[int, int]]
     gate: ir.Value
     batch: ir.Value
-    values: ir.Value
-    cols: ir.Value
+    values: Mapping[int, ir.Value]
+    cols: Mapping[int, ir.Value]
     pointers: Mapping[int, ir.Value]
     lead: tuple[object, object]
     tokens: ir.Value
@@ -116,22 +115,36 @@ def prepare(
     size = then.op("Cast", then.op("Size", ids), to=ir.DataType.INT32)
     first = then.op("Add", then.op("Reshape", number, then.ints(-1, 1, 1)), nil)
     cols = then.op("Add", then.op("Mul", cols, size), first)
-    places = {out: _windows(then, axis, out, value, number, n, shapes, groups) for out, value in own.items()}
-    results = [then.op("Unsqueeze", rows, then.ints(1)), values, cols, *places.values()]
-    kinds = [INT64, FLOAT, *[INT32] * (1 + len(places))]
+    places: dict[int, ir.Value] = {}
+    for out, value in own.items():
+        sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
+        windows = _windows(then, axis, out, value, number, n, sites, groups)
+        places |= zip(sites, _split(then, windows, [1] * len(sites), axis=0), strict=True)
+    floats = _split(then, values, groups, axis=1)
+    whole = [*_split(then, cols, groups, axis=1), *places.values()]
+    results = [then.op("Unsqueeze", rows, then.ints(1)), *floats, *whole]
+    # every output of a branch wants a node of that branch: here one node for all of a dtype
     none = [other.op("Identity", other.const(np.zeros((0, 1)), INT64))]
-    none += [other.op("Identity", other.const(np.zeros((0,), kind), kind)) for kind in kinds[1:]]
+    none += _split(other, other.const(np.zeros(0), FLOAT), [0] * len(floats), axis=0)
+    none += _split(other, other.const(np.zeros(0), INT32), [0] * len(whole), axis=0)
+    kinds = [INT64, *[FLOAT] * len(floats), *[INT32] * len(whole)]
     for value, kind in zip(results + none, [*kinds, *kinds], strict=True):
         value.dtype = ir.DataType.from_numpy(np.dtype(kind))
-    batch, values, cols, *found = emitter.when(gate, then, results, other, none)
+    batch, *found = emitter.when(gate, then, results, other, none)
+    firsts, count = np.cumsum([0, *groups[:-1]]).tolist(), len(groups)
+    of_values, of_cols = (dict(zip(firsts, found[k : k + count], strict=True)) for k in (0, count))
+    of_pointers = dict(zip(places, found[2 * count :], strict=True))
     sides = emitter.op("Shape", like, start=0, end=2)
     tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", like, start=1, end=2), axis=0)
-    spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in places}
+    spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in pointers}
     lead = _leading(like)
     assert lead is not None
-    return SpectralBank(
-        axis, shapes, gate, batch, values, cols, dict(zip(places, found, strict=True)), lead, tokens, spread
-    )
+    return SpectralBank(axis, gate, batch, of_values, of_cols, of_pointers, lead, tokens, spread)
+
+
+def _split(emitter: Emitter, array: ir.Value, sizes: Sequence[int], *, axis: int) -> Sequence[ir.Value]:
+    """``array`` cut along ``axis``."""
+    return emitter.ops("Split", array, emitter.ints(*sizes), outputs=len(sizes), axis=axis)
 
 
 def _own_pointers(emitter: Emitter, pointers: ir.Value, ids: ir.Value) -> ir.Value:
@@ -173,13 +186,12 @@ def _windows(
     pointers: ir.Value,
     number: ir.Value,
     n: ir.Value,
-    shapes: Sequence[tuple[int, int]],
+    sites: Sequence[int],
     groups: Sequence[int],
 ) -> ir.Value:
-    """Places of the prefix rows that each block of the backward transform takes; see `SpectralBank.pointers`."""
+    """Places of the prefix rows that each block of the backward transform of ``sites`` takes, [sites, ...]."""
     blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
     window = width * np.arange(blocks)[:, None] + np.arange(width + 1)
-    sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
     size = np.repeat(groups, groups)[sites].reshape(-1, 1, 1, 1)
     within = np.concatenate([np.arange(g) for g in groups])[sites].reshape(-1, 1, 1, 1)
     block = emitter.op("Mul", number, emitter.const(size, INT32))
@@ -202,7 +214,7 @@ def contribution(
         f32 of the shape of each call's result.
     """
     modules = {call.module: call.outputs for call in calls}
-    first, total = min(table[module] for module in modules), len(bank.shapes)
+    first = min(table[module] for module in modules)
     x, n_in = calls[0].activation, calls[0].inputs
     one, tokens, spread = not calls[0].tokens, bank.tokens, bank.spread
     if one:
@@ -212,15 +224,11 @@ def contribution(
         sides = emitter.op("Shape", x, start=0, end=2)
         spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in set(modules.values())}
     z = emitter.op("Reshape", _forward(emitter, x, get_transform(bank.axis).axis.two_stage(n_in)), tokens)
-    cols = _cut(emitter, bank.cols, first, len(modules), 1, total)
-    values = _cut(emitter, bank.values, first, len(modules), 1, total)
-    terms = emitter.op("Mul", emitter.op("Gather", z, cols, axis=0), values)
+    terms = emitter.op("Mul", emitter.op("Gather", z, bank.cols[first], axis=0), bank.values[first])
     sums = emitter.op("Flatten", emitter.op("CumSum", terms, emitter.const(2, INT64), exclusive=1), axis=3)
     answers: dict[str, ir.Value] = {}
     for module, out in modules.items():
-        same = [i for i, shape in enumerate(bank.shapes) if shape[0] == out]
-        pointers = _cut(emitter, bank.pointers[out], same.index(table[module]), 1, 0, len(same))
-        prefix = emitter.op("Gather", sums, pointers, axis=0)  # [1, blocks, width+1, batch, tokens]
+        prefix = emitter.op("Gather", sums, bank.pointers[table[module]], axis=0)  # [1, blocks, width+1, batch, tokens]
         y = _backward(emitter, prefix, get_transform(bank.axis).axis.two_stage(out))
         answers[module] = emitter.op("Reshape", y, spread[out])
     return [answers[call.module] for call in calls]
@@ -233,13 +241,6 @@ def _leading(value: ir.Value) -> tuple[object, object] | None:
         return None
     found = tuple(side if isinstance(side, int) else side.value for side in sides[:2])
     return None if None in found else (found[0], found[1])
-
-
-def _cut(emitter: Emitter, array: ir.Value, first: int, count: int, axis: int, total: int) -> ir.Value:
-    """``count`` of ``array``'s ``total`` sites."""
-    if count == total:
-        return array
-    return emitter.op("Gather", array, emitter.ints(*range(first, first + count)), axis=axis)  # Slice takes longer
 
 
 def _forward(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
