@@ -42,11 +42,12 @@ class Verdict:
         max_abs_diff: of outputs from torch's.
         agreement: share of rows (or tokens) with the same largest output.
         rows: compared.
-        tolerance: largest difference allowed.
+        tolerance: largest difference allowed; with ``rms_diff``, largest of that.
         target: what was compared, for people.
         written: of decoders.
         quantized: of folders with a quantised base: what `deployment.json` says of it, ``drift`` of the base and
             ``effects`` of its adapters from those on the float32 base among it.
+        rms_diff: of folders with a quantised base, whose kernels round activations: root mean square of differences.
     """
 
     ok: bool
@@ -57,6 +58,7 @@ class Verdict:
     target: str
     written: Written | None = None
     quantized: Mapping[str, Any] | None = None
+    rms_diff: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``; ``written`` only of decoders, ``quantized`` only of quantised bases."""
@@ -65,7 +67,8 @@ class Verdict:
     def lines(self) -> list[str]:
         """For people."""
         word = "agrees" if self.ok else "DIFFERS"
-        distance = f"max abs diff {self.max_abs_diff:.2e} (allowed {self.tolerance:.2e})"
+        name, value = ("max abs", self.max_abs_diff) if self.rms_diff is None else ("rms", self.rms_diff)
+        distance = f"{name} diff {value:.2e} (allowed {self.tolerance:.2e})"
         lines = [f"{self.target} {word}: {distance}, agreement {self.agreement:.4f} over {self.rows} rows"]
         if (written := self.written) is not None:
             lines.append(

@@ -9,7 +9,7 @@ Decoders are also asked to go on writing (`verifying_decoder`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -97,14 +97,23 @@ def verify_target(
         prompts = prompt_tokens(checkpoint, loaded, texts)
         packed = exported and opened.decoder is not None and opened.decoder.packed
         found = decoder_verdict(
-            run, torch_run, prompts, loaded, share=share, target=kind, progress=progress, packed=packed
+            run,
+            torch_run,
+            prompts,
+            loaded,
+            share=share,
+            target=kind,
+            progress=progress,
+            packed=packed,
+            rms=quantized is not None,
         )
         return replace(found, quantized=quantized)
     inputs = _text_inputs(checkpoint, model, texts) if texts else _example_rows(model)
     want = torch_run(inputs)
     got = run(inputs)
     progress("verify", 3, 3)
-    return replace(_verdict(got, want, share, kind), quantized=quantized)
+    found = _verdict(got, want, share, kind)
+    return found if quantized is None else _by_rms(found, got, want, quantized)
 
 
 def _verdict(got: Sequence[Outputs], want: Sequence[Outputs], share: float, target: str) -> Verdict:
@@ -124,6 +133,16 @@ def _verdict(got: Sequence[Outputs], want: Sequence[Outputs], share: float, targ
             same, places, rows = same + int(agree.sum()), places + agree.size, rows + left.shape[0]
     tolerance = share * max(1.0, spread)
     return Verdict(worst <= tolerance, worst, same / max(places, 1), rows, tolerance, target)
+
+
+def _by_rms(found: Verdict, got: Sequence[Outputs], want: Sequence[Outputs], quantized: Mapping[str, Any]) -> Verdict:
+    """``found`` judged by the root mean square of the first output's differences."""
+    name = next(iter(want[0]))
+    mine, theirs = (
+        np.concatenate([a[name].astype(np.float64).reshape(-1) for a in answers]) for answers in (got, want)
+    )
+    rms, tolerance = float(np.sqrt(np.square(mine - theirs).mean())), QUANTIZED * float(np.std(theirs))
+    return replace(found, ok=rms <= tolerance, tolerance=tolerance, rms_diff=rms, quantized=quantized)
 
 
 def _merged(target: Path, task: str, names: Sequence[str]) -> Run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,7 @@ def decoder_verdict(
     target: str,
     progress: Progress,
     packed: bool = False,
+    rms: bool = False,
 ) -> Verdict:
     """Compare ``run`` with ``torch_run`` on ``prompts``.
 
@@ -97,6 +98,7 @@ def decoder_verdict(
         share: of the spread of torch's logits that is allowed as difference.
         target: what it is, for people.
         progress: told of every batch.
+        rms: whether the root mean square of differences counts, with ``share`` of the standard deviation of torch's.
         packed: the target takes no padding in front: its prompts are run one by one.
     """
     assert loaded.cache is not None
@@ -110,7 +112,7 @@ def decoder_verdict(
         feeds = prompt_inputs(batch, shape, positions=positions)
         (mine,), (theirs,) = run([feeds]), torch_run([feeds])
         found.add(mine["logits"], theirs["logits"], feeds["input_ids"], feeds["attention_mask"].astype(bool))
-    tolerance = share * max(1.0, found.high - found.low)
+    tolerance = share * (found.deviation if rms else max(1.0, found.high - found.low))
     same = apart = 0
     tie = min(10 * found.worst, 2 * tolerance)
     for done, batch in enumerate(batches):
@@ -120,13 +122,15 @@ def decoder_verdict(
         same, apart = same + alike, apart + unlike
     progress("verify", 1, 1)
     written = Written(len(prompts), new, same, apart, *found.perplexities)
-    ok = found.worst <= tolerance and not apart
-    return Verdict(ok, found.worst, found.agreed / found.count, len(prompts), tolerance, target, written)
+    # a quantised base's kernels round activations: its tokens are told, and its logits judged
+    ok = found.rms <= tolerance if rms else found.worst <= tolerance and not apart
+    verdict = Verdict(ok, found.worst, found.agreed / found.count, len(prompts), tolerance, target, written)
+    return replace(verdict, rms_diff=found.rms if rms else None)
 
 
 @dataclass(slots=True)
 class _Compared:
-    """Over all real tokens so far: largest difference, torch's range, equal first choices; losses of the told ones."""
+    """Over all real tokens so far: differences, torch's range, equal first choices; losses of the told ones."""
 
     worst: float = 0.0
     low: float = math.inf
@@ -134,6 +138,10 @@ class _Compared:
     agreed: int = 0
     count: int = 0
     told: int = 0
+    numbers: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    apart: float = 0.0
     loss: float = 0.0
     loss_torch: float = 0.0
 
@@ -142,11 +150,25 @@ class _Compared:
         self.loss_torch += _loss(theirs, ids, real)
         self.told += int(real[:, :-1].sum())
         mine, theirs = mine[real], theirs[real]
+        self.numbers += theirs.size
+        self.total += float(theirs.sum(dtype=np.float64))
+        self.squares += float(np.square(theirs, dtype=np.float64).sum())
+        self.apart += float(np.square(mine - theirs, dtype=np.float64).sum())
         difference = float(np.abs(mine - theirs).max())
         self.worst = max(self.worst, difference if np.isfinite(difference) else math.inf)
         self.low, self.high = min(self.low, float(theirs.min())), max(self.high, float(theirs.max()))
         self.agreed += int((mine.argmax(-1) == theirs.argmax(-1)).sum())
         self.count += len(mine)
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the differences."""
+        return math.sqrt(self.apart / self.numbers)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of torch's logits."""
+        return math.sqrt(max(self.squares / self.numbers - (self.total / self.numbers) ** 2, 0.0))
 
     @property
     def perplexities(self) -> tuple[float | None, float | None]:
