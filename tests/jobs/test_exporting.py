@@ -80,7 +80,7 @@ def test_the_folder_says_what_it_is(exported):
     assert deployment["adapters"]["plain"]["labels"] == []
     assert deployment["adapters"]["headed"]["n"] == 40
     assert deployment["adapters"]["plain"]["base"] == "unverified"
-    assert deployment["orders"]["hartley"]["48"] == [8, 6]
+    assert deployment["orders"]["hartley"]["48"] == [4, 12]
     provenance = json.loads((folder / "provenance.json").read_text())
     assert set(provenance["validation"]["results"]) == {"no adapter", "headed", "plain"}
     assert set(provenance["base"]["files"]) == {"config.json", "model.safetensors"}
