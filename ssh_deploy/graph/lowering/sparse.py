@@ -96,9 +96,9 @@ def prepare(
     for value, kind in zip([*results, *none], [*kinds, *kinds], strict=True):
         value.dtype = ir.DataType.from_numpy(np.dtype(kind))
     batch, *made, all_rows, all_cols, all_values = emitter.when(gate, then, results, other, none)
-    values, cols, starts = (made[i * sites : (i + 1) * sites] for i in range(3))
+    of_values, of_cols, of_starts = (made[i * sites : (i + 1) * sites] for i in range(3))
     count = emitter.op("Shape", inputs["rows"], start=2, end=3)
-    return SparseBank(gate, batch, count, (all_rows, all_cols, all_values), values, cols, starts)
+    return SparseBank(gate, batch, count, (all_rows, all_cols, all_values), of_values, of_cols, of_starts)
 
 
 def contribution(emitter: Emitter, bank: SparseBank, calls: Sequence[Call], table: Mapping[str, int]) -> list[ir.Value]:
