@@ -64,10 +64,15 @@ def find_calls(graph: ir.Graph, *, root: str = "model") -> list[Call]:
     """
     calls = []
     for node in graph:
-        if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
+        if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or len(node.inputs) < 2:
             continue
         weight, module = node.inputs[1], module_of(node, root=root)
-        if weight is None or not is_stored(weight) or weight.shape is None or len(weight.shape) != 2 or not module:
+        if weight is None or not is_stored(weight) or not module:
+            continue
+        if node.op_type == "MatMulNBits":  # a quantised base; its bias is inside
+            calls.append(_call(node, module, *(node.attributes[side].as_int() for side in "KN")))
+            continue
+        if weight.shape is None or len(weight.shape) != 2:
             continue
         sides = [int(side) for side in weight.shape.numpy()]
         transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int() == 1

@@ -18,7 +18,7 @@ from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_decoder import copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
-from ssh_deploy.jobs.export_quantized import compare, describe_quantized, quantize_graphs
+from ssh_deploy.jobs.export_quantized import compare, describe_quantized, quantize_graph
 from ssh_deploy.jobs.export_trace import trace_base
 from ssh_deploy.jobs.progress import Progress
 
@@ -83,7 +83,7 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     got = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
     checked = validating.compare("merged", got, want, effect=effect)
     if options.quantize != "none":
-        made = quantize_graphs(job, [folder / files.MODEL], traced, keep=_heads(job, loaded))
+        made = quantize_graph(job, folder / files.MODEL, traced.embedding, keep=_heads(job, loaded))
         hold_quantized(loaded.model, made.as_dict())
         answers = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
         deployment["quantized"] = describe_quantized(job, made, {"": answers}, {"": got})

@@ -18,7 +18,6 @@ import onnx_ir as ir
 from ssh_deploy.errors import VerificationError
 from ssh_deploy.graph.quantizing import Quantized, quantize_weights
 from ssh_deploy.graph.storing import save_graph
-from ssh_deploy.graph.trace import Traced
 from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_job import Job
 from ssh_deploy.jobs.validating import Checked, Outputs
@@ -48,21 +47,18 @@ def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effec
     return found
 
 
-def quantize_graphs(job: Job, paths: Sequence[Path], traced: Traced, *, keep: Collection[str]) -> Quantized:
-    """Quantise saved graphs, each in its old place; what the pass says of the last one is returned.
+def quantize_graph(job: Job, path: Path, embedding: str, *, keep: Collection[str]) -> Quantized:
+    """Quantise the plain graph at ``path``, in its place.
 
     Args:
         job: with a ``quantize`` among its options.
-        paths: of float32 graphs on disk; the last is that of ``traced``, those before it are quantised alike.
-        traced: changed in place.
+        path: of a float32 graph.
+        embedding: module path of a decoder's output embedding.
         keep: modules left in float32 (heads).
     """
-    for path in paths:
-        model = traced.graph if path == paths[-1] else ir.load(path)
-        made = quantize_weights(
-            model, scheme=job.options.quantize, block=job.options.block, keep=keep, embedding=traced.embedding
-        )
-        replace_graph(model, path)
+    model = ir.load(path)
+    made = quantize_weights(model, scheme=job.options.quantize, block=job.options.block, keep=keep, embedding=embedding)
+    replace_graph(model, path)
     return made
 
 

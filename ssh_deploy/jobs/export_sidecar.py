@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ssh_deploy.adapters.fitting import Fitted
@@ -23,7 +24,7 @@ from ssh_deploy.graph.patching import apply_adapter, label_count, model_places, 
 from ssh_deploy.graph.precision import store_half
 from ssh_deploy.graph.quantizing import hold_quantized
 from ssh_deploy.graph.sites import by_module, find_calls
-from ssh_deploy.graph.slots import Slotted, add_slots
+from ssh_deploy.graph.slots import Plan, Slotted, add_slots
 from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.graph.storing import save_graph
 from ssh_deploy.graph.trace import Loaded, Traced, load_torch
@@ -32,7 +33,7 @@ from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_decoder import copy_template
 from ssh_deploy.jobs.export_job import Job, check_missing, describe, round_weights
 from ssh_deploy.jobs.export_plan import plan_slots
-from ssh_deploy.jobs.export_quantized import compare, describe_quantized, quantize_graphs
+from ssh_deploy.jobs.export_quantized import compare, describe_quantized, quantize_graph, replace_graph
 from ssh_deploy.jobs.export_trace import clear_scratch, trace_base
 from ssh_deploy.jobs.folder_adapters import rows_of, write_adapter
 from ssh_deploy.jobs.progress import Progress
@@ -76,14 +77,10 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
         kinds=plan.kinds,
         heads=[m for m, *_ in slotted.heads],
     )
-    if plan.kinds:
-        add_guard(traced.graph, guard, required=plan.required)
+    _seal(traced.graph, plan, guard, table)
     base_head = _base_head(loaded, slotted)
     layout = Layout(table, plan.kinds, slotted.heads, options.adapter_dtype, guard, base_head)
     deployment = describe(job, loaded, traced, layout, fingerprint.sha256, orders)
-    traced.graph.metadata_props["ssh_deploy.sites"] = ",".join(m for m, *_ in table)
-    traced.graph.metadata_props["ssh_deploy.contract"] = str(CONTRACT)
-    traced.graph.producer_name, traced.graph.producer_version = "ssh-deploy", files.versions().get("ssh-deploy", "")
     save_graph(traced.graph, folder / files.MODEL)
     progress("export", 2, 4)
     files.write_samples(folder / files.FINGERPRINT, fingerprint)
@@ -101,13 +98,25 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     )
     checks, answers = validate(weights=half)
     if options.quantize != "none":
-        made = quantize_graphs(job, [plain, folder / files.MODEL], traced, keep=[m for m, *_ in slotted.heads])
-        stated = made.as_dict()
+        made = quantize_graph(job, plain, traced.embedding, keep=[m for m, *_ in slotted.heads])
+        model, stated = ir.load(plain), made.as_dict()
+        assert add_slots(model, plan) == slotted
+        _seal(model, plan, guard, table)
+        replace_graph(model, folder / files.MODEL)
         hold_quantized(loaded.model, stated)
         checks, quantized = validate(weights=partial(_held, half, stated), compare=compare)
         deployment["quantized"] = describe_quantized(job, made, quantized, answers)
     clear_scratch(folder)
     return deployment, checks
+
+
+def _seal(model: ir.Model, plan: Plan, guard: tuple[int, int, int], table: Sequence[tuple[str, int, int]]) -> None:
+    """Add the guard, the last pass, and say what the graph is."""
+    if plan.kinds:
+        add_guard(model, guard, required=plan.required)
+    model.metadata_props["ssh_deploy.sites"] = ",".join(m for m, *_ in table)
+    model.metadata_props["ssh_deploy.contract"] = str(CONTRACT)
+    model.producer_name, model.producer_version = "ssh-deploy", files.versions().get("ssh-deploy", "")
 
 
 def _base_head(loaded: Loaded, slotted: Slotted) -> dict[str, NDArray[Any]]:

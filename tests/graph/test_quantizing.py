@@ -14,8 +14,9 @@ from ssh_deploy.graph.slots import Plan, add_slots
 WEIGHTS = {"a": layer(24, 64), "b": layer(40, 64, 1)}
 
 
-def slotted(kinds, *, bias=True, weights=WEIGHTS):
+def slotted(kinds, scheme, *, bias=True, weights=WEIGHTS):
     model = graph_of(weights, bias=bias)
+    quantize_weights(model, scheme=scheme)
     add_slots(model, Plan(tuple(weights), kinds, (), frozenset(), "float16"))
     return model
 
@@ -28,9 +29,8 @@ def near(got, want, *, share=0.02):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kinds", [("hartley",), ("lowrank",), ("diagonal",), ("hartley", "cosine", "diagonal")])
 def test_without_an_adapter_every_bit_is_the_quantised_plain_graphs(kinds, bias):
-    plain, slots = graph_of(WEIGHTS, bias=bias), slotted(kinds, bias=bias)
-    for model in (plain, slots):
-        quantize_weights(model, scheme="int8")
+    plain, slots = graph_of(WEIGHTS, bias=bias), slotted(kinds, "int8", bias=bias)
+    quantize_weights(plain, scheme="int8")
     x = np.random.default_rng(2).normal(size=(3, 5, 64)).astype(np.float32)
     for one, other in zip(session_of(plain).run(None, {"x": x}), session_of(slots).run(None, {"x": x}), strict=True):
         assert one.tobytes() == other.tobytes()
@@ -40,8 +40,7 @@ def test_an_adapters_part_is_exact():
     """Answers with the adapter minus answers without are its own, to float32's rounding."""
     case = Case(WEIGHTS, bias=True)
     adapter = case.adapter(3)
-    model = slotted(("hartley",))
-    quantize_weights(model, scheme="int4")
+    model = slotted(("hartley",), "int4")
     session, x = session_of(model), tokens(case, 2, 4)
     with_it, without = session.run(None, {"x": x, **case.feeds(adapter)}), session.run(None, {"x": x})
     exact, plain = case.run(x, **case.feeds(adapter)), case.run(x)
@@ -50,15 +49,14 @@ def test_an_adapters_part_is_exact():
         assert not np.allclose(off, right_off, rtol=1e-4)  # the base itself is another
 
 
-def test_maps_of_the_answers_read_them_without_a_bias_that_is_inside_now():
+def test_maps_of_the_answers_know_of_the_bias_that_is_inside_now():
     case = Case(WEIGHTS, kinds=("diagonal",), bias=True)
     rng, deltas = np.random.default_rng(4), {}
     for module, weight in WEIGHTS.items():
         outer, shift = (rng.uniform(1.5, 3, size=weight.shape[0]).astype(np.float32) for _ in range(2))
         deltas[module] = DiagonalDelta(weight.shape, {}, outer=outer, shift=shift)
     adapter = Adapter("scales", deltas, {}, "scales", None)
-    model = slotted(("diagonal",))
-    quantize_weights(model, scheme="int8")
+    model = slotted(("diagonal",), "int8")
     x = tokens(case, 2, 4)
     got = session_of(model).run(None, {"x": x, **case.feeds(adapter)})
     want = []

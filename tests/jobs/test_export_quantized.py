@@ -77,7 +77,7 @@ def test_inputs_gates_and_everything_of_adapters_stay_as_they_were(bert, scheme)
     assert sum(n.op_type == "If" for n in after.node) == sum(n.op_type == "If" for n in before.node)
     own, kept = initializers(folder / "none"), initializers(folder / scheme)
     of_adapters = {name for name in own if name.startswith("adapter")}
-    assert any(own[name] == ((8, 8), onnx.TensorProto.FLOAT) for name in of_adapters)  # a factor of the transform
+    assert any(len(own[name][0]) > 1 and own[name][1] == onnx.TensorProto.FLOAT for name in of_adapters)  # factors
     assert {name: kept[name] for name in of_adapters} == {name: own[name] for name in of_adapters}
     for name in ("headed.onnx_adapter",):
         paths = [folder / s / "adapters" / name for s in ("none", scheme)]

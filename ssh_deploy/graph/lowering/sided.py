@@ -172,7 +172,8 @@ def _term(
 def _biases(call: Call) -> tuple[ir.Value | None, ir.Value | None]:
     """The bias that is in ``call.product`` already, and the one that is added to it afterwards."""
     product = call.nodes[0]
-    inside = product.inputs[2] if product.op_type == "Gemm" and len(product.inputs) > 2 else None
+    place = {"Gemm": 2, "MatMulNBits": 5}.get(product.op_type, len(product.inputs))
+    inside = product.inputs[place] if place < len(product.inputs) else None
     if len(call.nodes) < 2:
         return inside, None
     # by its rank: what it is added to may be another kind's sum by now
