@@ -73,3 +73,22 @@ def test_the_shown_commands_and_code_run_as_they_stand(readme, root, minilm_path
     fit, *labels = done.stdout.splitlines()
     assert int(fit.split()[0]) > 1000
     assert labels == ["spam", "ham", "positive"]
+
+
+@pytest.mark.slow
+def test_the_shown_commands_and_code_of_language_models_run(readme, decoder, tmp_path):
+    """In a folder that holds what they name, a small LLaMA and random adapters in the places of the real ones."""
+    base, adapters, _ = decoder
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(base)
+    for name, source in (("chatterbot", "red"), ("pirate", "green")):
+        shutil.copy(adapters[source], tmp_path / f"{name}.safetensors")
+    section = readme.partition("## Language models")[2].partition("## Families")[0]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    commands = re.search(r"```bash\n(.*?)```", section, flags=re.S)[1].splitlines()
+    assert len(commands) == 3
+    for line in commands:
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    code = re.search(r"```python\n(.*?)```", section, flags=re.S)[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
