@@ -18,8 +18,14 @@ def tensor(name, array):
     return value
 
 
-def graph_of(weights, *, bias=False):
-    """Linear layers {module: W [out, in]} that read one input x [batch, sequence, in]; outputs in order."""
+PAST = ("past_key_values.0.key", np.zeros(1, np.float32))
+
+
+def graph_of(weights, *, bias=False, past=False):
+    """Linear layers {module: W [out, in]} that read one input x [batch, sequence, in]; outputs in order.
+
+    ``past``: with an input as decoders have them, which nothing reads.
+    """
     n_in = next(iter(weights.values())).shape[1]
     x = ir.Value(name="x", shape=ir.Shape(["batch", "sequence", n_in]), type=ir.TensorType(ir.DataType.FLOAT))
     nodes, outputs, constants = [], [], []
@@ -37,7 +43,10 @@ def graph_of(weights, *, bias=False):
         out.name, out.shape = f"{module}.y", ir.Shape(["batch", "sequence", weight.shape[0]])
         node.outputs[0].dtype = out.dtype = ir.DataType.FLOAT
         outputs.append(out)
-    graph = ir.Graph([x], outputs, nodes=nodes, initializers=constants, opset_imports={"": 20}, name="test")
+    inputs = [x]
+    if past:
+        inputs.append(ir.Value(name=PAST[0], shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT)))
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=constants, opset_imports={"": 20}, name="test")
     return ir.Model(graph, ir_version=10)
 
 
@@ -50,10 +59,10 @@ def session_of(model, *, threads=2):
 class Case:
     """A graph with slots on all its layers, beside the same graph without."""
 
-    def __init__(self, weights, *, kinds=("hartley",), dtype="float16", bias=False, threads=2):
+    def __init__(self, weights, *, kinds=("hartley",), dtype="float16", bias=False, threads=2, past=False):
         self.weights = weights
         self.plain = session_of(graph_of(weights, bias=bias), threads=threads)
-        model = graph_of(weights, bias=bias)
+        model, self.past = graph_of(weights, bias=bias, past=past), dict([PAST] if past else [])
         slotted = add_slots(model, Plan(tuple(weights), kinds, (), frozenset(), dtype))
         self.layout = Layout(slotted.table, kinds, (), dtype, GUARD, {})
         self.slots = session_of(model, threads=threads)
@@ -70,7 +79,7 @@ class Case:
         return {key: array[None] for key, array in self.rows(adapter).items()}
 
     def run(self, x, **feeds):
-        return self.slots.run(None, {"x": x, **feeds})
+        return self.slots.run(None, {"x": x, **self.past, **feeds})
 
     def want(self, adapter, x, *, dtype=np.float16):
         """Plain answers plus x ΔWᵀ, ΔW from the definition in float64."""

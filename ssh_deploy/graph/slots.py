@@ -180,7 +180,11 @@ def _spectral_bank(
         rows = (f"{dims}adapters", len(sites), out + 1)
         name, default = f"{prefix}{ROW_POINTERS}{out}", np.zeros((1, len(sites), out + 1))
         pointers[out] = _input(graph, name, ir.DataType.UINT16, rows, default, plan)
-    return spectral.prepare(emitter, kind, inputs, pointers, ids, like=graph.inputs[0], shapes=shapes, groups=groups)
+    single = any((value.name or "").startswith("past_key_values") for value in graph.inputs)
+    like = graph.inputs[0]
+    return spectral.prepare(
+        emitter, kind, inputs, pointers, ids, like=like, shapes=shapes, groups=groups, together=single
+    )
 
 
 def _lowrank_bank(

@@ -24,10 +24,11 @@ from ssh_deploy.transforms import get_transform
     n=st.integers(1, 40),
     batch=st.integers(1, 3),
     length=st.integers(1, 6),
+    past=st.booleans(),
 )
-def test_any_shape_is_the_definition(n_out, n_in, transform, dtype, n, batch, length):
+def test_any_shape_is_the_definition(n_out, n_in, transform, dtype, n, batch, length, past):
     kind = "cosine" if transform == "cosine" else "hartley"
-    case = Case({"a": layer(n_out, n_in)}, kinds=(kind,), dtype=dtype)
+    case = Case({"a": layer(n_out, n_in)}, kinds=(kind,), dtype=dtype, past=past)
     adapter = case.adapter(n, n=n, transform=transform)
     x = tokens(case, batch, length)
     for got, want in zip(case.run(x, **case.feeds(adapter)), case.want(adapter, x, dtype=dtype), strict=True):
@@ -44,8 +45,10 @@ def test_without_an_adapter_every_bit_is_the_plain_graphs(bias):
             assert got.tobytes() == want.tobytes()
 
 
-def test_layers_of_different_widths_share_one_activation():
-    case = Case({"q": layer(24, 36), "k": layer(12, 36, 1), "v": layer(12, 36, 2), "g": layer(24, 36, 3)}, bias=True)
+@pytest.mark.parametrize("past", [False, True])
+def test_layers_of_different_widths_share_one_activation(past):
+    layers = {"q": layer(24, 36), "k": layer(12, 36, 1), "v": layer(12, 36, 2), "g": layer(24, 36, 3)}
+    case = Case(layers, bias=True, past=past)
     adapter = case.adapter(3)
     x = tokens(case, 3, 4)
     for got, want in zip(case.run(x, **case.feeds(adapter)), case.want(adapter, x), strict=True):
@@ -62,8 +65,9 @@ def test_both_transforms_in_one_graph_add_up():
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
 
 
-def test_rows_of_a_mixed_batch_are_single_runs():
-    case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)})
+@pytest.mark.parametrize("past", [False, True])
+def test_rows_of_a_mixed_batch_are_single_runs(past):
+    case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)}, past=past)
     adapters = [case.adapter(1), case.adapter(2, n=30), case.adapter(3, n=5, transform="hartley-joint")]
     banks, ids = stack_rows([case.rows(a) for a in adapters], case.layout)
     assert ids == {"adapter_ids": [1, 2, 3]}
@@ -129,8 +133,9 @@ def test_many_coefficients_on_few_rows_lose_nothing_on_many_threads():
         assert case.run(x, **case.feeds(adapter))[0].tobytes() == first.tobytes()
 
 
-def test_other_rows_change_no_bit_of_a_row():
-    case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)})
+@pytest.mark.parametrize("past", [False, True])
+def test_other_rows_change_no_bit_of_a_row(past):
+    case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)}, past=past)
     banks, _ = stack_rows([case.rows(case.adapter(s, n=20)) for s in (1, 2)], case.layout)
     x = tokens(case, 3, 5)
     before = case.run(x, **banks, adapter_ids=np.array([1, 2, 0]))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -149,7 +150,9 @@ def large(tmp_path_factory):
 def test_killed_in_the_middle(large, tmp_path, how):
     """kill -9 leaves no OUT; Ctrl-C leaves nothing at all. The same command then succeeds."""
     words = [sys.executable, "-c", MERGE, str(large), str(large.parent / "a.safetensors"), "-o", str(tmp_path / "out")]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # a shell's background jobs ignore Ctrl-C, and so would a child of tests that run as one
+    awake = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=awake)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob(".out.partial-*/*.safetensors"))) < 5:
         assert process.poll() is None, "it ended before it could be killed"

@@ -20,8 +20,9 @@ The difference is linear, so it lives inside the first factor of the backward tr
 rows for 2q outputs. The cost of the prefix sums is their rounding: about 2⁻²⁴·√n of the largest |w|.
 
 **No Transpose of its own.** The first factor forward is many small products on x as it lies, and what the second
-needs the other way round onnxruntime fuses into its MatMul (FusedMatMul); backward ends likewise in many small
-products, that write y as it shall lie. Their one Transpose left moves [n, batch·tokens] once.
+needs the other way round onnxruntime fuses into its MatMul (FusedMatMul). The way back is a batch row's own, whose
+prefix rows and products then fit the cache; or, in graphs that read single tokens, that of all rows together: eight
+products of one column each take four times as long as one of eight columns.
 
 **Never a wrong answer.** Row pointers beyond the coefficients, or columns outside their weight, end in an error of
 Gather (a one-element table asked for its second element); so do ids that are negative or beyond the bank.
@@ -57,12 +58,14 @@ class SpectralBank:
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
     [0, 1]). By first site of a group of g sites: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and
     ``cols`` int32 [batch, g, n+1], places in the flattened [in·batch] rows of z. By site: ``pointers`` int32
-    [1, blocks, width+1, batch], places in the flattened [batch·g·(n+1)] rows of the group's prefix sums. ``lead``:
+    [batch, 1, blocks, width+1], or [1, blocks, width+1, batch] where ``together``, places in the flattened
+    [batch·g·(n+1)] rows of the group's prefix sums. ``lead``:
     (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out ``spread``
     int64 [3], (its batch, its tokens, out).
     """
 
     axis: str
+    together: bool
     gate: ir.Value
     batch: ir.Value
     values: Mapping[int, ir.Value]
@@ -83,6 +86,7 @@ def prepare(
     like: ir.Value,
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
+    together: bool,
 ) -> SpectralBank:
     """Emit what all sites share, once a run: the batch's rows of the bank, places in flat arrays, checks, lengths.
 
@@ -95,6 +99,7 @@ def prepare(
         like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
         shapes: (out, in) of every site.
         groups: sizes of the groups, whose sites follow one another.
+        together: batch rows share the products of the way back; for single tokens, whose products are narrow.
     """
     # of the places, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
     gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
@@ -110,7 +115,10 @@ def prepare(
     cols = then.op("Cast", then.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
     cols = then.op("Pad", cols, end)
     n = then.op("Cast", then.op("Shape", cols, start=2, end=3), to=ir.DataType.INT32)
-    own = {out: _own_pointers(then, value, ids) for out, value in pointers.items()}
+    own = {out: then.op("Gather", value, ids, axis=0) for out, value in pointers.items()}
+    if together:  # turned round while they are small
+        own = {out: then.op("Transpose", value, perm=[1, 2, 0]) for out, value in own.items()}
+    own = {out: then.op("Cast", value, to=ir.DataType.INT32) for out, value in own.items()}
     nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
     size = then.op("Cast", then.op("Size", ids), to=ir.DataType.INT32)
     first = then.op("Add", then.op("Reshape", number, then.ints(-1, 1, 1)), nil)
@@ -118,8 +126,8 @@ def prepare(
     places: dict[int, ir.Value] = {}
     for out, value in own.items():
         sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
-        windows = _windows(then, axis, out, value, number, n, sites, groups)
-        places |= zip(sites, _split(then, windows, [1] * len(sites), axis=0), strict=True)
+        windows = _windows(then, axis, out, value, number, n, sites, groups, together=together)
+        places |= zip(sites, _split(then, windows, [1] * len(sites), axis=0 if together else 1), strict=True)
     floats = _split(then, values, groups, axis=1)
     whole = [*_split(then, cols, groups, axis=1), *places.values()]
     results = [then.op("Unsqueeze", rows, then.ints(1)), *floats, *whole]
@@ -139,18 +147,12 @@ def prepare(
     spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in pointers}
     lead = _leading(like)
     assert lead is not None
-    return SpectralBank(axis, gate, batch, of_values, of_cols, of_pointers, lead, tokens, spread)
+    return SpectralBank(axis, together, gate, batch, of_values, of_cols, of_pointers, lead, tokens, spread)
 
 
 def _split(emitter: Emitter, array: ir.Value, sizes: Sequence[int], *, axis: int) -> Sequence[ir.Value]:
     """``array`` cut along ``axis``."""
     return emitter.ops("Split", array, emitter.ints(*sizes), outputs=len(sizes), axis=axis)
-
-
-def _own_pointers(emitter: Emitter, pointers: ir.Value, ids: ir.Value) -> ir.Value:
-    """The batch's rows of ``pointers``, int32 [sites, out+1, batch]; turned round while they are small."""
-    own = emitter.op("Transpose", emitter.op("Gather", pointers, ids, axis=0), perm=[1, 2, 0])
-    return emitter.op("Cast", own, to=ir.DataType.INT32)
 
 
 def _checked(
@@ -188,15 +190,20 @@ def _windows(
     n: ir.Value,
     sites: Sequence[int],
     groups: Sequence[int],
+    *,
+    together: bool,
 ) -> ir.Value:
-    """Places of the prefix rows that each block of the backward transform of ``sites`` takes, [sites, ...]."""
+    """Places of the prefix rows that each block of the backward transform of ``sites`` takes."""
     blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
     window = width * np.arange(blocks)[:, None] + np.arange(width + 1)
-    size = np.repeat(groups, groups)[sites].reshape(-1, 1, 1, 1)
-    within = np.concatenate([np.arange(g) for g in groups])[sites].reshape(-1, 1, 1, 1)
+    lead = (-1, 1, 1, 1) if together else (1, -1, 1, 1)
+    size = np.repeat(groups, groups)[sites].reshape(lead)
+    within = np.concatenate([np.arange(g) for g in groups])[sites].reshape(lead)
+    number = number if together else emitter.op("Reshape", number, emitter.ints(-1, 1, 1, 1))
     block = emitter.op("Mul", number, emitter.const(size, INT32))
     block = emitter.op("Mul", emitter.op("Add", block, emitter.const(within, INT32)), n)
-    return emitter.op("Add", emitter.op("Gather", pointers, emitter.const(window, INT64), axis=1), block)
+    own = emitter.op("Gather", pointers, emitter.const(window, INT64), axis=1 if together else 2)
+    return emitter.op("Add", own, block)
 
 
 def contribution(
@@ -228,9 +235,13 @@ def contribution(
     sums = emitter.op("Flatten", emitter.op("CumSum", terms, emitter.const(2, INT64), exclusive=1), axis=3)
     answers: dict[str, ir.Value] = {}
     for module, out in modules.items():
-        prefix = emitter.op("Gather", sums, bank.pointers[table[module]], axis=0)  # [1, blocks, width+1, batch, tokens]
-        y = _backward(emitter, prefix, get_transform(bank.axis).axis.two_stage(out))
-        answers[module] = emitter.op("Reshape", y, spread[out])
+        prefix = emitter.op("Gather", sums, bank.pointers[table[module]], axis=0)
+        stages = get_transform(bank.axis).axis.two_stage(out)
+        if bank.together:
+            answers[module] = emitter.op("Reshape", _backward_together(emitter, prefix, stages), spread[out])
+        else:
+            y = _backward(emitter, prefix, stages)
+            answers[module] = emitter.op("Reshape", y, spread[out]) if one else y
     return [answers[call.module] for call in calls]
 
 
@@ -258,6 +269,19 @@ def _forward(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
 
 
 def _backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
+    """Fᵀ t for prefix rows [batch, 1, blocks, width+1, tokens] of t, as [batch, tokens, n]."""
+    y = emitter.op("MatMul", emitter.const(differenced(stages), FLOAT), prefix)
+    if stages.p > 1:
+        y = emitter.op("Reshape", y, emitter.ints(0, stages.p, -1))
+        y = emitter.op("MatMul", emitter.const(stages.first.T, FLOAT), y)
+    y = emitter.op("Reshape", y, emitter.ints(0, stages.n, -1))
+    y = emitter.op("Transpose", y, perm=[0, 2, 1])
+    if stages.permutation is not None:
+        y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=2)
+    return y
+
+
+def _backward_together(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
     """Fᵀ t for prefix rows [1, blocks, width+1, batch, tokens] of t, as [batch·tokens, .., ..]."""
     blocks, width, _ = stages.second.shape
     second, first = backward_factors(stages)
@@ -272,16 +296,21 @@ def _backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
     return y
 
 
-def backward_factors(stages: TwoStage) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The factors of Fᵀ that take prefix rows P instead of t, ``t[u] = P[u+1] − P[u]``, and stand as the graph needs.
-
-    Returns:
-        ``second[i]ᵀ D`` float64 [2, blocks, q, width+1], the halves of each block's outputs apart ([1, n, n+1] with
-        ``p = 1``); and ``firstᵀ`` [p, p], its columns in the order (half, block).
-    """
+def differenced(stages: TwoStage) -> NDArray[np.float64]:
+    """``second[i]ᵀ D`` f64 [blocks, width, width+1]: takes prefix rows P instead of t, ``t[u] = P[u+1] − P[u]``."""
     turned = stages.second.transpose(0, 2, 1)
     edge = np.zeros((*turned.shape[:2], 1))
-    second = np.concatenate([edge, turned], axis=2) - np.concatenate([turned, edge], axis=2)
+    return np.concatenate([edge, turned], axis=2) - np.concatenate([turned, edge], axis=2)
+
+
+def backward_factors(stages: TwoStage) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The factors of Fᵀ as `_backward_together` takes them.
+
+    Returns:
+        `differenced` as [2, blocks, q, width+1], the halves of each block's outputs apart ([1, n, n+1] with ``p = 1``);
+        and ``firstᵀ`` [p, p], its columns in the order (half, block).
+    """
+    second = differenced(stages)
     if stages.p == 1:
         return second, stages.first
     blocks, width, _ = stages.second.shape
