@@ -28,6 +28,7 @@ from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index
 from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
+from ssh_deploy.graph.tails import copied, rename_output, replace_tail, tail_of
 
 Bank = spectral.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
 
@@ -263,7 +264,7 @@ def _fill(
         emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
         products = [_current(call) for call in group]
-        tails = [_tail(product) if bank is banks[-1] else [] for product in products]
+        tails = [tail_of(product) if bank is banks[-1] else [] for product in products]
         users = [list(product.uses()) for product in products]
         if isinstance(bank, spectral.SpectralBank):
             terms = spectral.contribution(then, bank, group, table)
@@ -276,8 +277,8 @@ def _fill(
         nowhere = other.const(np.zeros(0), np.int64)
         there, absent = [], []
         for product, tail, term in zip(products, tails, terms, strict=True):
-            there.append(_copied(then, tail, product, then.op("Add", product, term)) if tail else term)
-            rows = other.op("Gather", product, nowhere, axis=0) if not tail else _copied(other, tail, product, product)
+            there.append(copied(then, tail, product, then.op("Add", product, term)) if tail else term)
+            rows = other.op("Gather", product, nowhere, axis=0) if not tail else copied(other, tail, product, product)
             absent.append(rows)
         for value in (*there, *absent):
             value.dtype = ir.DataType.FLOAT
@@ -285,7 +286,7 @@ def _fill(
         graph.extend(emitter.nodes)  # sorted in the end
         for call, product, value, tail, uses in zip(group, products, sums, tails, users, strict=True):
             if tail:
-                _replace_tail(graph, tail, value)
+                replace_tail(graph, tail, value)
                 continue
             add = Emitter(constants, f"adapter/{kind}/{call.module}/add")
             total = add.op("ScatterND", product, bank.batch, value, reduction="add")
@@ -295,45 +296,7 @@ def _fill(
             graph.insert_after(producer, add.nodes)
             for node, i in uses:
                 node.replace_input_with(i, total)
-            _rename_output(graph, product, total)
-
-
-def _tail(product: ir.Value) -> list[ir.Node]:
-    """The nodes that alone read ``product`` one after another up to a Transpose; empty when there is none.
-
-    That is what follows query, key and value: the bias, then the heads taken apart.
-    """
-    tail: list[ir.Node] = []
-    value = product
-    while not value.is_graph_output() and len(users := list(value.uses())) == 1 and users[0].idx == 0:
-        node = users[0].node
-        if node.op_type == "Transpose":
-            return [*tail, node]
-        others = [other for other in node.inputs if other is not value]
-        biased = node.op_type == "Add" and all(other is not None and other.is_initializer() for other in others)
-        if not biased and node.op_type != "Reshape":
-            break
-        tail.append(node)
-        value = node.outputs[0]
-    return []
-
-
-def _copied(emitter: Emitter, nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value) -> ir.Value:
-    """The chain ``nodes`` once more, in a branch, reading ``new`` where the first of them reads ``old``."""
-    for node in nodes:
-        inputs = [new if value is old else value for value in node.inputs]
-        old, new = node.outputs[0], emitter.op(node.op_type, *inputs, **node.attributes)
-    return new
-
-
-def _replace_tail(graph: ir.Graph, tail: Sequence[ir.Node], value: ir.Value) -> None:
-    """Let ``value`` stand for what ``tail`` made."""
-    old = tail[-1].outputs[0]
-    value.shape = old.shape
-    for node, i in list(old.uses()):
-        node.replace_input_with(i, value)
-    _rename_output(graph, old, value)
-    graph.remove(list(reversed(tail)), safe=True)
+            rename_output(graph, product, total)
 
 
 def _current(call: Call) -> ir.Value:
@@ -344,15 +307,6 @@ def _current(call: Call) -> ir.Value:
         if not following:
             return value
         value = following[0].outputs[0]
-
-
-def _rename_output(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    for i, value in enumerate(graph.outputs):
-        if value is old:
-            name = old.name
-            old.name = f"{new.name}/before"
-            new.name, new.shape = name, old.shape
-            graph.outputs[i] = new
 
 
 def _replace_head(
@@ -383,7 +337,7 @@ def _replace_head(
     for node, i in list(old.uses()):
         if node not in emitter.nodes:
             node.replace_input_with(i, made)
-    _rename_output(graph, old, made)
+    rename_output(graph, old, made)
     _forget_shapes(made)
     graph.remove(list(reversed(call.nodes)), safe=True)
 

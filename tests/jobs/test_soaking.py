@@ -49,8 +49,10 @@ def test_it_finds_what_is_broken(tmp_path, monkeypatch, fault):
     folder = make_folder(tmp_path / "out", base_labels=3)
     assert soak(folder, minutes=0.01, threads=4).good
     fault(monkeypatch)
-    report = soak(folder, minutes=0.03, threads=8)
-    assert not report.good
+    # threads must meet on a row, which one short soak of a busy machine may miss
+    reports = (soak(folder, minutes=0.03, threads=8, seed=seed) for seed in range(10))
+    report = next((report for report in reports if not report.good), None)
+    assert report is not None
     assert report.wrong_answers or report.errors
 
 
