@@ -1,4 +1,4 @@
-"""The training loop of `train_adapters.py`: one adapter, one task, one learning rate, one seed, on two CPU cores."""
+"""The training loop of the studies beside it: one adapter, one task, one learning rate, one seed, on two CPU cores."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import numpy as np
 import peft
 import torch
 import transformers
-from ssh_deploy_train import SSHConfig
+from ssh_deploy_train import SDCTFTConfig, SSHConfig
 from tasks import Part, Task
 
 BASE_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 TARGETS = ["query", "value"]
 N_FREQUENCY = 750
-ALPHA = 384.0  # with 384×384 weights: one coefficient of 1 changes ΔW by a matrix of norm 1
+#: With 384×384 weights one coefficient of 1 changes ΔW by a matrix of norm 1, whatever the basis.
+ALPHA, COSINE_SCALING, FOURIER_SCALING = 384.0, 1.0, 384.0 * 2**0.5
 LORA_RANK = 8
 HEAD_RATE = 0.005
 BATCH = 32
@@ -34,7 +35,7 @@ class Run:
     """What is to be trained."""
 
     task: str
-    method: str  # "ssh" or "lora"
+    method: str  # "ssh", "sdctft", "fourierft" or "lora"
     rate: float
     seed: int
     epochs: int
@@ -45,7 +46,7 @@ class Run:
     @property
     def key(self) -> str:
         """A name that tells it from all others."""
-        share = f"-delta{self.delta:g}" if self.method == "ssh" else ""
+        share = f"-delta{self.delta:g}" if self.method in ("ssh", "sdctft") else ""
         decay = f"-decay{self.weight_decay:g}" if self.weight_decay else ""
         beta2 = f"-beta{self.beta2:g}" if self.beta2 != 0.999 else ""
         return f"{self.task}-{self.method}-rate{self.rate:g}{decay}{beta2}-epochs{self.epochs}{share}-seed{self.seed}"
@@ -80,6 +81,11 @@ def adapted_model(run: Run, labels: tuple[str, ...]) -> Any:
     config: peft.PeftConfig
     if run.method == "ssh":
         config = SSHConfig(n_frequency=N_FREQUENCY, scaling=ALPHA, delta_ratio=run.delta, seed=run.seed, **shared)
+    elif run.method == "sdctft":
+        places = {"n_frequency": N_FREQUENCY, "delta_ratio": run.delta, "seed": run.seed}
+        config = SDCTFTConfig(scaling=COSINE_SCALING, **places, **shared)
+    elif run.method == "fourierft":  # its places follow from PEFT's own default seed
+        config = peft.FourierFTConfig(n_frequency=N_FREQUENCY, scaling=FOURIER_SCALING, init_weights=True, **shared)
     else:
         config = peft.LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, **shared)
     adapted = peft.get_peft_model(model, config)
