@@ -138,12 +138,13 @@ class Axis(ABC):
         w = torch.from_numpy(self.weights(x.shape[dim])).to(x.device)
         return w.to(torch.complex128 if x.dtype == torch.float64 else torch.complex64).reshape(shape)
 
-    def two_stage(self, n: int) -> TwoStage:
+    def two_stage(self, n: int, *, p: int | None = None) -> TwoStage:
         """Factors of the length-``n`` transform for the graph; dense where no factorisation is cheaper.
 
-        Multiply-adds per token: ``n(p + 2q)`` against ``n²`` (math.md, the two-stage factorisation).
+        Multiply-adds per token: ``n(p + 2q)`` against ``n²`` (math.md, the two-stage factorisation). ``p``: that one,
+        even and a divisor of ``n``, whatever is cheapest.
         """
-        (p, q), order = self.output_order(n)
+        (p, q), order = self.output_order(n, p=p)
         if p == 1:
             return TwoStage(n, 1, n, np.ones((1, 1)), self.matrix(n)[None], order, None)
         k1 = _pairs(p)
@@ -161,9 +162,9 @@ class Axis(ABC):
             blocks[0, side, :, side], blocks[0, side, :, 1 - side] = turned.real[0, side], 0.0
         return TwoStage(n, p, q, first, blocks.reshape(p // 2, 2 * q, 2 * q), order, self.permutation(n))
 
-    def output_order(self, n: int) -> tuple[tuple[int, int], Index]:
+    def output_order(self, n: int, *, p: int | None = None) -> tuple[tuple[int, int], Index]:
         """``(p, q)`` and ``order`` of `two_stage` for length ``n``, without computing any factor."""
-        p, q = _factor(n)
+        p, q = _factor(n) if p is None else (p, n // p)
         if p == 1:
             return (1, n), np.arange(n)
         frequencies = _pairs(p)[:, :, None] + p * np.arange(q)
