@@ -14,10 +14,10 @@ from ssh_deploy.cli.output import json_option, progress_bar, show
 @click.option("--weight", "weights", multiple=True, type=float, help="Factor on an adapter's ΔW; once per adapter.")
 @click.option(
     "--dtype",
-    type=click.Choice(["keep", "float32", "float16", "bfloat16"]),
+    type=click.Choice(["keep", "float32", "float16", "bfloat16", "int8"]),
     default="keep",
     show_default=True,
-    help="Of every float tensor written.",
+    help="Of every float tensor written; int8: of weights trained as integers.",
 )
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Where ΔW is computed.")
 @click.option("--head", metavar="NAME|none", help="Whose head to write, where adapters bring different ones.")

@@ -28,6 +28,7 @@ from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.formula import RelativeDelta
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, OutputError, UnknownNameError, near_misses
+from ssh_deploy.jobs import merging_integers
 from ssh_deploy.jobs.merge_report import UNVERIFIED, VERIFIED, MergedAdapter, MergeReport, SiteReport
 from ssh_deploy.jobs.naming import named_paths
 from ssh_deploy.jobs.progress import Progress, silent
@@ -62,7 +63,8 @@ def merge_adapters(
         adapters: ``PATH`` or ``NAME=PATH`` each.
         out: new folder.
         weights: factor on each adapter's ΔW, one per adapter; none means 1 for all. Heads are not scaled.
-        dtype: ``keep``, or ``float32``, ``float16``, ``bfloat16`` for every float tensor.
+        dtype: ``keep``, or ``float32``, ``float16``, ``bfloat16`` for every float tensor; ``int8`` for the adapted
+            weights of adapters that were trained on integers, all else kept.
         device: where ΔW is computed: ``cpu``, ``cuda``, or ``auto`` (cuda where there is one).
         head: whose head to write, ``none`` for no head; None takes the only one there is.
         require_fingerprint: refuse adapters that store no fingerprint.
@@ -81,12 +83,16 @@ def merge_adapters(
     given = _given(named_paths(adapters), checkpoint, weights, require_fingerprint=require_fingerprint)
     device = _device(device)
     owner, replaced = _head(given, head)
-    made, tallies, untied = _deltas(checkpoint, given, dtype, device)
+    asked, integral = dtype, dtype == "int8"
+    dtype = "keep" if integral else dtype
+    made, tallies, untied = _deltas(checkpoint, given, dtype, device, integral=integral)
     made |= _replacements(replaced, dtype)
     task = _task(checkpoint, made, given, owner, untied=untied)
     config = task.config if task is not None else dict(checkpoint.config)
     if dtype != "keep":
         config = _typed(config, dtype)
+    if integral:
+        config = {**config, "quantization_config": merging_integers.QUANTIZATION}
     shards = _shards(checkpoint, made, task, dtype)
     files, left_out = _files(checkpoint)
     need = sum(entry_bytes(e) for entries in shards.values() for e in entries.values())
@@ -115,7 +121,7 @@ def merge_adapters(
         names = tuple(str(p.relative_to(partial)) for p in written)
     return MergeReport(
         out=str(out),
-        dtype=dtype,
+        dtype=asked,
         adapters=tuple(_merged_adapter(g) for g in given),
         head=owner.name if owner is not None else None,
         sites=tuple(_site(tensor, tally) for tensor, tally in sorted(tallies.items())),
@@ -207,7 +213,7 @@ def _same_head(one: Fitted, two: Fitted) -> bool:
 
 
 def _deltas(
-    checkpoint: Checkpoint, given: Sequence[_Given], dtype: str, device: str
+    checkpoint: Checkpoint, given: Sequence[_Given], dtype: str, device: str, *, integral: bool
 ) -> tuple[dict[str, Made], dict[str, Tally], bool]:
     """Adapted tensors by name, their tallies, and whether an output embedding comes apart from the input's."""
     by_place: dict[tuple[str, str], list[tuple[str, Delta, float]]] = {}
@@ -221,6 +227,9 @@ def _deltas(
         name, source = f"{target}.weight", f"{stored}.weight"
         code = checkpoint.dtype(source) if dtype == "keep" else CODES[dtype]
         tally = tallies[name] = Tally(tuple(dict.fromkeys(n for n, _, _ in terms)))
+        if integral:
+            made |= merging_integers.integral_entries(checkpoint, target, stored, terms, tally=tally)
+            continue
         parts = merging(checkpoint, stored, [(d, w) for _, d, w in terms], code, device=device, tally=tally)
         made[name] = Made(code, checkpoint.shape(source), parts)
         biased = [(n, d, w) for n, d, w in terms if isinstance(d, RelativeDelta) and d.bias_change(None) is not None]
@@ -315,7 +324,7 @@ def _shards(
         else:
             parts = casting(stored, file.tensors[stored], CODES[dtype], shard=file)
             shards[shard][name] = Made(CODES[dtype], checkpoint.shape(stored), parts)
-    shards[max(shards)] |= left
+    shards[max(shards)] |= merging_integers.scales_renamed(left, task.names if task is not None else {})
     return {name: entries for name, entries in shards.items() if entries}
 
 

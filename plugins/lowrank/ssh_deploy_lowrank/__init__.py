@@ -1,1 +1,1 @@
-"""Low-rank adapters for ssh-deploy: LoRA (rsLoRA, DoRA), LoHa, LoKr and VeRA, read from PEFT folders."""
+"""Low-rank adapters for ssh-deploy: LoRA (rsLoRA, DoRA), LoRTA, IntLoRA, LoHa, LoKr and VeRA, from folders."""
