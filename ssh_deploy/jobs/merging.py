@@ -222,7 +222,8 @@ def _deltas(
             stored = g.fitted.places[module]
             target = module if module in g.fitted.untied else stored
             by_place.setdefault((target, stored), []).append((g.name, delta, g.weight))
-    made, tallies = {}, {}
+    made: dict[str, Made] = {}
+    tallies = {}
     for (target, stored), terms in by_place.items():
         name, source = f"{target}.weight", f"{stored}.weight"
         code = checkpoint.dtype(source) if dtype == "keep" else CODES[dtype]
