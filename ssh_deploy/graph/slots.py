@@ -97,7 +97,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     shapes = [sides[name] for name in table]
     sizes = _group_sizes(groups, table)
     banks: list[Bank] = [
-        _spectral_bank(graph, first, kind, plan, batch, shapes, sizes) for kind in plan.kinds if kind in AXES and table
+        _spectral_bank(graph, first, kind, plan, shapes, sizes) for kind in plan.kinds if kind in AXES and table
     ]
     if "lowrank" in plan.kinds and table:
         banks.append(_lowrank_bank(graph, first, plan, batch, shapes))
@@ -108,7 +108,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     head_bank, head_inputs = None, {}
     if head_calls and "head" in plan.kinds:
         head_inputs = _head_inputs(graph, head_calls, plan)
-        ids = _ids(graph, first, "adapter_head_ids", "head_requests", batch, plan)
+        ids = _batch_ids(graph, first, "adapter_head_ids", "head_requests", batch, plan)
         head_bank = heads.prepare(first, head_inputs, ids)
     graph.insert_before(graph[0], first.nodes)
     for group in groups:
@@ -144,15 +144,19 @@ def _input(
     return value
 
 
-def _ids(graph: ir.Graph, emitter: Emitter, name: str, requests: str, batch: ir.Value, plan: Plan) -> ir.Value:
-    """The ids input ``name``, one for the batch or one a row, int64 [batch].
+def _ids(graph: ir.Graph, emitter: Emitter, name: str, requests: str, plan: Plan) -> ir.Value:
+    """The ids input ``name``, one for the batch or one a row, int64 [1] or [batch].
 
     Negative ids, which Gather would count from the end, are turned into ids beyond any bank.
     """
     ids = _input(graph, name, ir.DataType.INT64, [requests], [0], plan)
-    whole = emitter.op("Reshape", emitter.op("Expand", ids, batch), batch)
     beyond = emitter.const(np.iinfo(np.int64).max, np.int64)
-    return emitter.op("Where", emitter.op("Less", whole, emitter.const(0, np.int64)), beyond, whole)
+    return emitter.op("Where", emitter.op("Less", ids, emitter.const(0, np.int64)), beyond, ids)
+
+
+def _batch_ids(graph: ir.Graph, emitter: Emitter, name: str, requests: str, batch: ir.Value, plan: Plan) -> ir.Value:
+    """`_ids`, one for every row of the batch, int64 [batch]."""
+    return emitter.op("Reshape", emitter.op("Expand", _ids(graph, emitter, name, requests, plan), batch), batch)
 
 
 def _spectral_bank(
@@ -160,14 +164,13 @@ def _spectral_bank(
     emitter: Emitter,
     kind: str,
     plan: Plan,
-    batch: ir.Value,
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
 ) -> spectral.SpectralBank:
     prefix = AXES[kind]
     dims = prefix.removeprefix("adapter_")
     sides: tuple[int | str, ...] = (f"{dims}adapters", len(shapes), f"{dims}coefficients")
-    ids = _ids(graph, emitter, f"{prefix}ids", f"{dims}requests", batch, plan)
+    ids = _ids(graph, emitter, f"{prefix}ids", f"{dims}requests", plan)
     values = ir.DataType.FLOAT16 if plan.adapter_dtype == "float16" else ir.DataType.FLOAT
     places = ir.DataType.from_numpy(place_dtype(shapes))
     none = np.zeros((1, len(shapes), 0))
@@ -191,7 +194,7 @@ def _spectral_bank(
 def _lowrank_bank(
     graph: ir.Graph, emitter: Emitter, plan: Plan, batch: ir.Value, shapes: Sequence[tuple[int, int]]
 ) -> lowrank.LowRankBank:
-    ids = _ids(graph, emitter, "adapter_lowrank_ids", "lowrank_requests", batch, plan)
+    ids = _batch_ids(graph, emitter, "adapter_lowrank_ids", "lowrank_requests", batch, plan)
     inputs, outputs = (sites_by_width([shape[side] for shape in shapes]) for side in (1, 0))
     rank, float32 = "lowrank_rank", ir.DataType.FLOAT
     a, b = {}, {}
@@ -214,7 +217,7 @@ def _structured_banks(
     table: Mapping[str, int],
 ) -> list[sparse.SparseBank | sided.SidedBank]:
     declare = partial(_input, graph, plan=plan)
-    ids = partial(_ids, graph, emitter, batch=batch, plan=plan)
+    ids = partial(_batch_ids, graph, emitter, batch=batch, plan=plan)
     banks: list[sparse.SparseBank | sided.SidedBank] = []
     if "sparse" in plan.kinds and table:
         values = ir.DataType.FLOAT16 if plan.adapter_dtype == "float16" else ir.DataType.FLOAT

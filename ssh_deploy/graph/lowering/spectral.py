@@ -38,6 +38,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
@@ -95,7 +96,7 @@ def prepare(
         axis: name of the axis kernel.
         inputs: ``values``, ``scales``, ``cols``.
         pointers: by out, of its sites.
-        ids: checked rows of the bank, int64 [batch].
+        ids: rows of the bank, one or one a batch row, int64, none negative.
         like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
         shapes: (out, in) of every site.
         groups: sizes of the groups, whose sites follow one another.
@@ -104,8 +105,11 @@ def prepare(
     # of the places, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
     gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
     # outside the branch: ids beyond the bank are an error even when nothing is fed
-    scales = emitter.op("Gather", inputs["scales"], ids, axis=0)
+    found = emitter.op("Gather", inputs["scales"], ids, axis=0)
     then, other = emitter.branch("rows"), emitter.branch("none")
+    batch = then.op("Shape", like, start=0, end=1)
+    ids = then.op("Reshape", then.op("Expand", ids, batch), batch)
+    scales = then.op("Expand", found, then.op("Concat", batch, then.ints(1), axis=0))
     rows = then.op("Range", then.const(0, INT64), then.op("Size", ids), then.const(1, INT64))
     number = then.op("Cast", rows, to=ir.DataType.INT32)
     values = then.op("Cast", then.op("Gather", inputs["values"], ids, axis=0), to=ir.DataType.FLOAT)
@@ -128,26 +132,29 @@ def prepare(
         sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
         windows = _windows(then, axis, out, value, number, n, sites, groups, together=together)
         places |= zip(sites, _split(then, windows, [1] * len(sites), axis=0 if together else 1), strict=True)
+    sides = then.op("Shape", like, start=0, end=2)
+    lengths = [then.op("Concat", then.ints(-1), then.op("Shape", like, start=1, end=2), axis=0)]
+    lengths += [then.op("Concat", sides, then.ints(out), axis=0) for out in pointers]
+    longs = [then.op("Unsqueeze", rows, then.ints(1)), *lengths]
     floats = _split(then, values, groups, axis=1)
     whole = [*_split(then, cols, groups, axis=1), *places.values()]
-    results = [then.op("Unsqueeze", rows, then.ints(1)), *floats, *whole]
     # every output of a branch wants a node of that branch: here one node for all of a dtype
-    none = [other.op("Identity", other.const(np.zeros((0, 1)), INT64))]
+    none = [*_split(other, other.const(np.zeros((0, 1)), INT64), [0] * len(longs), axis=0)]
     none += _split(other, other.const(np.zeros(0), FLOAT), [0] * len(floats), axis=0)
     none += _split(other, other.const(np.zeros(0), INT32), [0] * len(whole), axis=0)
-    kinds = [INT64, *[FLOAT] * len(floats), *[INT32] * len(whole)]
+    results = [*longs, *floats, *whole]
+    kinds = [INT64] * len(longs) + [FLOAT] * len(floats) + [INT32] * len(whole)
     for value, kind in zip(results + none, [*kinds, *kinds], strict=True):
         value.dtype = ir.DataType.from_numpy(np.dtype(kind))
-    batch, *found = emitter.when(gate, then, results, other, none)
-    firsts, count = np.cumsum([0, *groups[:-1]]).tolist(), len(groups)
-    of_values, of_cols = (dict(zip(firsts, found[k : k + count], strict=True)) for k in (0, count))
-    of_pointers = dict(zip(places, found[2 * count :], strict=True))
-    sides = emitter.op("Shape", like, start=0, end=2)
-    tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", like, start=1, end=2), axis=0)
-    spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in pointers}
+    made = iter(emitter.when(gate, then, results, other, none))
+    number, tokens = next(made), next(made)
+    spread = dict(zip(pointers, islice(made, len(pointers)), strict=True))
+    firsts = np.cumsum([0, *groups[:-1]]).tolist()
+    of_values, of_cols = (dict(zip(firsts, islice(made, len(groups)), strict=True)) for _ in range(2))
+    of_pointers = dict(zip(places, made, strict=True))
     lead = _leading(like)
     assert lead is not None
-    return SpectralBank(axis, together, gate, batch, of_values, of_cols, of_pointers, lead, tokens, spread)
+    return SpectralBank(axis, together, gate, number, of_values, of_cols, of_pointers, lead, tokens, spread)
 
 
 def _split(emitter: Emitter, array: ir.Value, sizes: Sequence[int], *, axis: int) -> Sequence[ir.Value]:
