@@ -86,12 +86,18 @@ class Axis(ABC):
         return None
 
     @abstractmethod
+    def period(self, n: int) -> int:
+        """P in ``F[k, j] = Re(w[k]·exp(−2πi·jk/P))``, the same kernel without a permutation: n, or 2n for cosines."""
+
+    @abstractmethod
     def forward_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
         """``F`` along ``dim`` of a real array (f32 or f64); may overwrite ``a``."""
 
     @abstractmethod
-    def inverse_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
-        """``Fᵀ`` along ``dim`` of a real array (f32 or f64); may overwrite ``a``."""
+    def inverse_cpu(
+        self, a: NDArray[Any], dim: int, *, threads: int = 0, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """``Fᵀ`` along ``dim`` of a real array (f32 or f64), into ``out`` of the same shape, else in place."""
 
     def matrix(self, n: int) -> Float:
         """``F`` itself, float64 [n, n]: ``y = F x``."""

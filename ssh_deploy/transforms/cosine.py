@@ -29,14 +29,21 @@ class CosineAxis(Axis):
         j = np.arange(n)
         return np.concatenate([j[::2], j[1::2][::-1]])
 
+    def period(self, n: int) -> int:
+        """See `Axis.period`."""
+        return 2 * n
+
     def forward_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
         """See `Axis.forward_cpu`."""
         result: NDArray[Any] = ducc0.fft.dct(a, type=2, axes=[dim], inorm=1, out=a, nthreads=threads)
         return result
 
-    def inverse_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
+    def inverse_cpu(
+        self, a: NDArray[Any], dim: int, *, threads: int = 0, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         """See `Axis.inverse_cpu`."""
-        result: NDArray[Any] = ducc0.fft.dct(a, type=3, axes=[dim], inorm=1, out=a, nthreads=threads)
+        out = a if out is None else out
+        result: NDArray[Any] = ducc0.fft.dct(a, type=3, axes=[dim], inorm=1, out=out, nthreads=threads)
         return result
 
 

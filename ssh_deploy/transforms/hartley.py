@@ -25,15 +25,22 @@ class HartleyAxis(Axis):
         """``(1+i)/√n`` everywhere."""
         return np.full(n, (1 + 1j) / np.sqrt(n))
 
+    def period(self, n: int) -> int:
+        """See `Axis.period`."""
+        return n
+
     def forward_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
         """See `Axis.forward_cpu`."""
-        # ducc0's separable_hartley is cos − sin; separable_fht is cos + sin, which is ours.
-        result: NDArray[Any] = ducc0.fft.separable_fht(a, axes=[dim], inorm=1, out=a, nthreads=threads)
-        return result
+        return self.inverse_cpu(a, dim, threads=threads)
 
-    def inverse_cpu(self, a: NDArray[Any], dim: int, *, threads: int = 0) -> NDArray[Any]:
+    def inverse_cpu(
+        self, a: NDArray[Any], dim: int, *, threads: int = 0, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         """See `Axis.inverse_cpu`."""
-        return self.forward_cpu(a, dim, threads=threads)
+        # ducc0's separable_hartley is cos − sin; separable_fht is cos + sin, which is ours.
+        out = a if out is None else out
+        result: NDArray[Any] = ducc0.fft.separable_fht(a, axes=[dim], inorm=1, out=out, nthreads=threads)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
