@@ -91,9 +91,9 @@ def merge_adapters(
     config = task.config if task is not None else dict(checkpoint.config)
     if dtype != "keep":
         config = _typed(config, dtype)
-    if integral:
-        config = {**config, "quantization_config": merging_integers.QUANTIZATION}
     shards = _shards(checkpoint, made, task, dtype)
+    if integral:
+        config = {**config, "quantization_config": merging_integers.quantization(shards)}
     files, left_out = _files(checkpoint)
     need = sum(entry_bytes(e) for entries in shards.values() for e in entries.values())
     need += sum(contained(checkpoint.folder, f).stat().st_size for f in files)

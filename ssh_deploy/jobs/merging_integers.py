@@ -14,15 +14,13 @@ from numpy.typing import NDArray
 
 from ssh_deploy.checkpoints.index import Checkpoint
 from ssh_deploy.checkpoints.orientation import is_transposed, site_weight
-from ssh_deploy.checkpoints.writer import Made
+from ssh_deploy.checkpoints.writer import Entry, Made
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.integral import IntegralDelta
 from ssh_deploy.errors import AdapterMismatchError
 from ssh_deploy.jobs.rounding import Tally
 
 SCALE = "_scale"
-#: What `config.json` says of such a checkpoint: transformers refuses it instead of reading codes as weights.
-QUANTIZATION = {"quant_method": "ssh-deploy-int8", "bits": 8, "scale": f"<module>.weight{SCALE}"}
 
 
 def integral_entries(
@@ -69,6 +67,24 @@ def integral_entries(
     return {
         f"{target}.weight": Made("I8", shape, codes),
         f"{target}.weight{SCALE}": Made("F32", (1, out) if transposed else (out, 1), scales),
+    }
+
+
+def quantization(shards: Mapping[str, Mapping[str, Entry]]) -> dict[str, Any]:
+    """``quantization_config`` of a checkpoint with these ``shards``: what compressed-tensors calls int-quantized.
+
+    Transformers would take a method that it does not know for a remark, and codes for weights; this one it reads
+    through that package, or refuses without it.
+    """
+    end = f".weight{SCALE}"
+    scaled = sorted(name.removesuffix(end) for entries in shards.values() for name in entries if name.endswith(end))
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": scaled, "weights": weights}},
+        "ignore": [],
     }
 
 
