@@ -86,11 +86,12 @@ class SpectralDelta:
             full = weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
             add_synthesis(full.detach().numpy(), self.axis, self.separable(), gain=gain)
             return full if full is weight else full.to(weight.dtype)
-        from ssh_deploy.transforms.device import synthesis_torch
+        from ssh_deploy.transforms.cuda.fused import Addend
+        from ssh_deploy.transforms.device import add_on_device
 
-        work = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        delta = synthesis_torch(self.shape, self.axis, self.separable(), gain=gain, device=weight.device, dtype=work)
-        return weight.add_(delta) if weight.dtype == work else (weight.to(work) + delta).to(weight.dtype)
+        full = weight if weight.dtype in (torch.float32, torch.float64) else weight.clone()
+        add_on_device([full], [Addend(self.axis, self.separable(), gain)])
+        return full
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """``x ΔWᵀ = gain · F_Mᵀ (S (F_N x))`` for x [..., in]; float64 stays, all else float32."""
