@@ -75,6 +75,12 @@ def families_table() -> str:
     return "\n".join(lines)
 
 
+def peft_types_table() -> str:
+    """What `ssh-deploy plugins --peft-types` lists, which is Markdown."""
+    command = [str(Path(sys.executable).parent / "ssh-deploy"), "plugins", "--peft-types"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip()
+
+
 def bank_table() -> str:
     """What `ssh-deploy bench bank` measured: times beside the plain model, and what a swap and 10,000 adapters cost."""
     found = results("bench_bank")

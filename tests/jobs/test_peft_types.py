@@ -1,6 +1,7 @@
 """Every type of PEFT is read by a family, or refused with the reason; the table says which."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -65,3 +66,16 @@ def test_a_missing_plugin_is_said(monkeypatch, tmp_path):
     assert types["PROMPT_TUNING"].reason == REASONS["PROMPT_TUNING"]
     folder = write_peft_example(tmp_path / "a", {"peft_type": "OFT"}, {"base_model.x": np.ones(3, np.float32)})
     assert "No installed family reads PEFT type OFT" in run("inspect", folder).output
+
+
+def test_the_readme_has_the_table_and_every_tick_is_held_against_peft(root):
+    """Ticks are earned: each type's config is one that a plugin's test trains, merges and compares with PEFT's merge."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found = list_peft_types()
+    assert "\n".join(found.lines()) in (root / "README.md").read_text()
+    tests = [*root.glob("plugins/*/tests/test_against_peft.py"), root / "plugins/structured/tests/test_merge.py"]
+    compared = {name for path in tests for name in re.findall(r"peft\.(\w+Config)", path.read_text())}
+    assert all("<= 1e-6" in path.read_text() for path in tests)
+    ticked = {view.peft_type for view in found.types if view.family is not None}
+    assert {PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__ for kind in PeftType if kind.value in ticked} == compared
