@@ -21,36 +21,36 @@ from ssh_deploy.cli.prompting import generate, prompt_options
 @click.option("--stdin", is_flag=True, help="Read further texts or prompts from standard input, one a line.")
 @click.option("--load", "loads", multiple=True, metavar="NAME=PATH", help="Load an adapter that is not in the folder.")
 @click.option("--memory", default="1GiB", show_default=True, help="What resident adapters may take.")
-@click.option("--max-coefficients", type=click.IntRange(min=1), help="Widest adapter (default: the folder's widest).")
-@click.option("--how-many-fit", is_flag=True, help="Say how many adapters fit in --memory, and answer nothing.")
+@click.option("--max-coefficients", "width", type=click.IntRange(1), help="Widest adapter (default: the folder's).")
+@click.option("--max-rank", "rank", type=click.IntRange(1), help="Highest rank (default: the folder's, or 16).")
+@click.option("--how-many-fit", "fits", is_flag=True, help="Say how many adapters fit in --memory; answer nothing.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operator (default: all cores).")
 @json_option
 def command(
     out: Path, adapters: tuple[str, ...], base: bool, texts: tuple[str, ...], stdin: bool, loads: tuple[str, ...],
-    memory: str, max_coefficients: int | None, how_many_fit: bool, threads: int | None, as_json: bool, **prompting: Any,
+    memory: str, width: int | None, rank: int | None, fits: bool, threads: int | None, as_json: bool, **prompting: Any,
 ) -> None:  # fmt: skip
     """Answer texts, or go on from prompts, with the exported folder OUT, each with its own adapter."""
     prompted = any(prompting.values()) or prompting["seed"] is not None
-    if how_many_fit and (base or adapters or texts or stdin or loads or prompted):
-        raise click.UsageError("--how-many-fit answers no texts: give it --memory and --max-coefficients alone.")
-    if not how_many_fit and base == bool(adapters):
+    if fits and (base or adapters or texts or stdin or loads or prompted):
+        raise click.UsageError("--how-many-fit answers no texts: give it --memory and --max-… alone.")
+    if not fits and base == bool(adapters):
         raise click.UsageError("Give --adapter NAME, or --base to answer with no adapter; not both.")
     if texts and prompted:
         raise click.UsageError("--text is answered as a whole, --prompt is gone on from: give one of the two.")
-    if not how_many_fit and not texts and not stdin and not prompting["prompts"]:
+    if not (fits or texts or stdin or prompting["prompts"]):
         raise click.UsageError("Give --text TEXT, --prompt TEXT, or --stdin.")
     if any("=" not in load for load in loads):
         raise click.UsageError("--load takes NAME=PATH.")
     from ssh_deploy.jobs.running import answer_texts, measure_fit
 
-    options: dict[str, Any] = {"memory": memory, "max_coefficients": max_coefficients}
-    if how_many_fit:
+    options: dict[str, Any] = {"memory": memory, "max_coefficients": width, "max_rank": rank}
+    if fits:
         fit = measure_fit(out, **options)
         show(as_json, fit.as_dict(), fit.lines())
         return
     lines = [line.rstrip("\r\n") for line in sys.stdin if line.strip()] if stdin else []
-    pairs = [(name, Path(path)) for name, _, path in (load.partition("=") for load in loads)]
-    options |= {"loads": pairs, "threads": threads}
+    options |= {"loads": [(a, Path(b)) for a, _, b in (load.partition("=") for load in loads)], "threads": threads}
     if prompted:
         prompting["prompts"] = [*prompting["prompts"], *lines]
         generate(as_json, out, adapters, prompting, **options)

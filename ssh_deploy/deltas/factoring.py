@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.deltas.base import Delta
+from ssh_deploy.deltas.formula import FormulaDelta
 from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.spectral import SpectralDelta
 
@@ -79,6 +80,8 @@ def _split(change: Delta | NDArray[Any]) -> tuple[_Basis, _Float, _Basis, float]
     """L, C, R of the module's formula, and the relative rounding of C's numbers."""
     if isinstance(change, SpectralDelta):
         return _split_spectrum(change)
+    if not isinstance(change, np.ndarray):
+        change = exact_product(change) or change
     if isinstance(change, LowRankDelta):
         q_b, r_b = np.linalg.qr(change.b.astype(np.float64))
         q_a, r_a = np.linalg.qr(change.a.T.astype(np.float64))
@@ -109,6 +112,22 @@ def _split_spectrum(delta: SpectralDelta) -> tuple[_Basis, _Float, _Basis, float
         return vectors
 
     return synthesis(rows, delta.shape[0]), core, synthesis(cols, delta.shape[1]), float(np.finfo(np.float64).eps)
+
+
+def exact_product(delta: Delta) -> LowRankDelta | None:
+    """``delta`` as a product of two thin matrices, exactly; None where it is none by its formula, or no thin one.
+
+    Thin is what holds no more numbers than ΔW itself: rank · (out + in) ≤ out · in. Nothing is cut off, ever.
+    """
+    if isinstance(delta, LowRankDelta):
+        return delta
+    return delta.product() if isinstance(delta, FormulaDelta) and is_thin(delta) else None
+
+
+def is_thin(delta: FormulaDelta) -> bool:
+    """Whether `exact_product` of ``delta`` is one."""
+    (out, inn), rank = delta.shape, delta.product_rank
+    return rank is not None and rank * (out + inn) <= out * inn
 
 
 def thin(dense: NDArray[Any], *, trained: int | None = None) -> LowRankDelta:

@@ -16,11 +16,22 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
+    from ssh_deploy.deltas.lowrank import LowRankDelta
+
 
 class FormulaDelta:
     """The methods of a `Delta` by its ``dense``, which subclasses write; they also set kind, shape and parameters."""
 
     __slots__ = ()
+
+    @property
+    def product_rank(self) -> int | None:
+        """Rank of `product`; None: it is none by its formula."""
+        return None
+
+    def product(self) -> LowRankDelta:
+        """The same ΔW as one product of two thin matrices, exactly; asked for where `product_rank` says so."""
+        raise NotImplementedError
 
     def dense(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """See `Delta.dense`."""

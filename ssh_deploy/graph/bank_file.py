@@ -19,7 +19,8 @@ from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.diagonal import DiagonalDelta
-from ssh_deploy.deltas.formula import RelativeDelta
+from ssh_deploy.deltas.factoring import exact_product, is_thin
+from ssh_deploy.deltas.formula import FormulaDelta, RelativeDelta
 from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.reflection import ReflectionDelta
 from ssh_deploy.deltas.sparse import SparseDelta
@@ -97,7 +98,7 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
                 f"{adapter.source}: {module} is for a weight of {list(delta.shape)}, the graph's is {shape}.",
                 hint="This adapter belongs to another base.",
             )
-        by_kind.setdefault(kind, {})[row] = delta
+        by_kind.setdefault(kind, {})[row] = exact_product(delta) if kind == "lowrank" else delta
     arrays: Arrays = {}
     where, values = str(adapter.source), np.dtype(layout.adapter_dtype)
     for kind, deltas in by_kind.items():
@@ -129,11 +130,13 @@ def slot_kind(where: str, delta: Delta) -> str:
         return delta.axis.name
     if isinstance(delta, LowRankDelta | SparseDelta | DiagonalDelta | ReflectionDelta):
         return delta.kind
-    why = (
-        "it changes a weight by what that weight is, and a slot only sees what passes through it"
-        if isinstance(delta, RelativeDelta)
-        else "it is neither a sparse spectrum nor a product of two thin matrices nor values at a few places"
-    )
+    if isinstance(delta, FormulaDelta) and is_thin(delta):
+        return "lowrank"
+    why = "it is neither a sparse spectrum nor a product of two thin matrices nor values at a few places"
+    if isinstance(delta, RelativeDelta):
+        why = "it changes a weight by what that weight is, and a slot only sees what passes through it"
+    elif isinstance(delta, FormulaDelta) and delta.product_rank is not None:
+        why = f"it is a product of rank {delta.product_rank}, whose factors are larger than ΔW itself"
     raise AdapterMismatchError(
         f"{where}: no slot can hold a {delta.kind} delta: {why}.",
         hint="Merge it: `ssh-deploy merge`, or export with --mode merged.",

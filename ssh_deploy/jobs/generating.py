@@ -66,9 +66,9 @@ def generate_texts(
     stop: Sequence[str] = (),
     threads: int | None = None,
     memory: int | str = DEFAULT_MEMORY,
-    max_coefficients: int | None = None,
     rows: int = 32,
     said: Said | None = None,
+    **widths: int | None,
 ) -> GenerateReport:
     """Open ``folder`` and go on from ``prompts``, all in one batch.
 
@@ -83,9 +83,9 @@ def generate_texts(
         stop: strings that end an answer.
         threads: of one operator.
         memory: that resident adapters may take.
-        max_coefficients: of the widest adapter; None: the widest of the folder's.
         rows: most prompts at a time.
         said: told each prompt's text as it comes; a later prompt's when those before it have ended.
+        widths: ``max_coefficients`` and ``max_rank`` of `Deployment.open`.
 
     Raises:
         DeploymentError: no prompts, an empty or too long one, a folder of another task, as many adapters as there are
@@ -97,7 +97,7 @@ def generate_texts(
     names = spread(adapters, len(prompts))
     begun = time.perf_counter()
     with (
-        Deployment.open(folder, threads=threads, memory=memory, max_coefficients=max_coefficients) as deployment,
+        Deployment.open(folder, threads=threads, memory=memory, **widths) as deployment,
         deployment.generator(rows=rows) as generator,
     ):
         for name, path in loads:

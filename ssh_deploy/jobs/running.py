@@ -75,6 +75,7 @@ def answer_texts(
     threads: int | None = None,
     memory: int | str = DEFAULT_MEMORY,
     max_coefficients: int | None = None,
+    max_rank: int | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> RunReport:
@@ -88,6 +89,7 @@ def answer_texts(
         threads: of one operator.
         memory: that resident adapters may take.
         max_coefficients: of the widest adapter; None: the widest of the folder's.
+        max_rank: of low-rank adapters and reflections, likewise.
         batch_size: most texts of one run.
         progress: told after each batch.
 
@@ -100,7 +102,8 @@ def answer_texts(
         raise DeploymentError("There is no text to answer.", hint="Give --text TEXT, or lines with --stdin.")
     names = spread(adapters, len(texts))
     begun = time.perf_counter()
-    with Deployment.open(folder, threads=threads, memory=memory, max_coefficients=max_coefficients) as deployment:
+    widths = {"max_coefficients": max_coefficients, "max_rank": max_rank}
+    with Deployment.open(folder, threads=threads, memory=memory, **widths) as deployment:
         for name, path in loads:
             deployment.load(name, path)
         opened = time.perf_counter()
@@ -126,11 +129,13 @@ def spread(adapters: Sequence[str | None], texts: int) -> list[str | None]:
     return list(adapters) if len(adapters) == texts else list(adapters or [None]) * texts
 
 
-def measure_fit(folder: str | Path, *, memory: int | str, max_coefficients: int | None = None) -> HowManyFit:
+def measure_fit(folder: str | Path, *, memory: int | str, **widths: int | None) -> HowManyFit:
     """How many adapters ``memory`` holds when ``folder`` is served with it; what `--how-many-fit` prints.
+
+    ``widths``: ``max_coefficients`` and ``max_rank`` of `Deployment.open`.
 
     Raises:
         DeploymentError: no exported folder, or less memory than one adapter takes.
     """
-    with Deployment.open(folder, threads=1, memory=memory, max_coefficients=max_coefficients) as deployment:
+    with Deployment.open(folder, threads=1, memory=memory, **widths) as deployment:
         return deployment.how_many_fit()

@@ -69,7 +69,7 @@ def test_a_missing_plugin_is_said(monkeypatch, tmp_path):
 
 
 def test_the_readme_has_the_table_and_every_tick_is_held_against_peft(root):
-    """Ticks are earned: each type's config is one that a plugin's test trains, merges and compares with PEFT's merge."""
+    """Ticks are earned: each type's config is one that a plugin's test trains, merges and compares with PEFT."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     found = list_peft_types()

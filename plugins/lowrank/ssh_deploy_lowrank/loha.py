@@ -1,4 +1,8 @@
-"""LoHa: ``ΔW = α/r · (w1_a w1_b) ⊙ (w2_a w2_b)``, the entrywise product of two low-rank matrices."""
+"""LoHa: ``ΔW = α/r · (w1_a w1_b) ⊙ (w2_a w2_b)``, the entrywise product of two low-rank matrices.
+
+It is itself a product, of rank r²: column (p, q) of the left factor is column p of w1_a times column q of w2_a, entry
+by entry; rows of the right one likewise.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from numpy.typing import NDArray
 from ssh_deploy.adapters.base import Adapter, AdapterFiles
 from ssh_deploy.adapters.peft_folder import adapter_of, by_module
 from ssh_deploy.deltas.formula import FormulaDelta
+from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.errors import AdapterFileError
 from ssh_deploy_lowrank.folders import all_of, alpha_and_rank, alphas_and_ranks, floats
 
@@ -44,6 +49,19 @@ class LoHaDelta(FormulaDelta):
         """Trained numbers."""
         return sum(int(factor.size) for factor in self.factors)
 
+    @property
+    def product_rank(self) -> int:
+        """See `FormulaDelta.product_rank`."""
+        return self.rank**2
+
+    def product(self) -> LowRankDelta:
+        """See `FormulaDelta.product`."""
+        w1_a, w1_b, w2_a, w2_b = (factor.astype(np.float64) for factor in self.factors)
+        (out, inn), rank = self.shape, self.product_rank
+        left = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(out, rank)
+        right = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(rank, inn)
+        return LowRankDelta(right.astype(np.float32), left.astype(np.float32), self.scaling, trained=self.parameters)
+
     def dense(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """See `Delta.dense`."""
         import torch
@@ -59,7 +77,7 @@ class LoHa:
 
     name: str = "loha"
     peft_type: str = "LOHA"
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("lowrank",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

@@ -1,4 +1,8 @@
-"""LoKr: ``ΔW = α/r · w1 ⊗ w2`` (Kronecker), each factor whole or a product of two thin matrices."""
+"""LoKr: ``ΔW = α/r · w1 ⊗ w2`` (Kronecker), each factor whole or a product of two thin matrices.
+
+``(A₁B₁) ⊗ (A₂B₂) = (A₁ ⊗ A₂)(B₁ ⊗ B₂)``: a product whose rank is that of w1 times that of w2, where a whole factor
+counts its shorter side.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from numpy.typing import NDArray
 from ssh_deploy.adapters.base import Adapter, AdapterFiles
 from ssh_deploy.adapters.peft_folder import adapter_of, by_module
 from ssh_deploy.deltas.formula import FormulaDelta
+from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.errors import AdapterFileError
 from ssh_deploy_lowrank.folders import alpha_and_rank, alphas_and_ranks, floats
 
@@ -44,6 +49,27 @@ class LoKrDelta(FormulaDelta):
         """Trained numbers."""
         return sum(int(part.size) for part in self.parts.values())
 
+    @property
+    def product_rank(self) -> int:
+        """See `FormulaDelta.product_rank`."""
+        left, right = (pair[0].shape[1] for pair in map(self._pair, (_W1, _W2)))
+        return int(left * right)
+
+    def product(self) -> LowRankDelta:
+        """See `FormulaDelta.product`."""
+        (a1, b1), (a2, b2) = self._pair(_W1), self._pair(_W2)
+        left, right = np.kron(a1, a2).astype(np.float32), np.kron(b1, b2).astype(np.float32)
+        return LowRankDelta(right, left, self.scaling, trained=self.parameters)
+
+    def _pair(self, w: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Factor ``w`` as a product, float64; a whole one times the identity of its shorter side."""
+        if w not in self.parts:
+            a, b = (self.parts[f"{w}{end}"].astype(np.float64) for end in ("_a", "_b"))
+            return a, b
+        whole = self.parts[w].astype(np.float64)
+        rows, cols = whole.shape
+        return (np.eye(rows), whole) if rows <= cols else (whole, np.eye(cols))
+
     def dense(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """See `Delta.dense`."""
         import torch
@@ -64,7 +90,7 @@ class LoKr:
 
     name: str = "lokr"
     peft_type: str = "LOKR"
-    slots: tuple[str, ...] = ()
+    slots: tuple[str, ...] = ("lowrank",)
 
     def read(self, files: AdapterFiles) -> Adapter:
         """See `Family.read`."""

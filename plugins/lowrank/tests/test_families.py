@@ -9,6 +9,7 @@ from ssh_deploy.errors import AdapterFileError, AdapterMismatchError
 from ssh_deploy.testing import FamilyContract, write_peft_example
 
 SHAPES = {"encoder.0.q": (6, 10), "encoder.1.v": (8, 8)}
+TALLER = {"encoder.0.q": (12, 10), "encoder.1.v": (8, 8)}  # a product of rank 4 is thin in both
 PREFIX = "base_model.model."
 
 
@@ -21,6 +22,7 @@ class LowRankContract(FamilyContract):
 
     config: dict
     scaling = 1.0
+    shapes = SHAPES
 
     def parts(self, rng, shape):
         raise NotImplementedError
@@ -30,11 +32,11 @@ class LowRankContract(FamilyContract):
 
     def example(self, rng):
         tensors, want = dict(self.shared(rng)), {}
-        for module, shape in SHAPES.items():
+        for module, shape in self.shapes.items():
             parts, dense = self.parts(rng, shape)
             tensors |= {f"{PREFIX}{module}.{name}": part for name, part in parts.items()}
             want[module] = self.scaling * dense
-        return {"peft_type": self.family.upper(), **self.config}, tensors, SHAPES, want
+        return {"peft_type": self.family.upper(), **self.config}, tensors, self.shapes, want
 
 
 class TestLoRA(LowRankContract):
@@ -51,6 +53,7 @@ class TestRankStabilised(TestLoRA):
 
 class TestLoHa(LowRankContract):
     family, config, scaling = "loha", {"r": 2, "alpha": 6}, 3.0
+    shapes = TALLER
 
     def parts(self, rng, shape):
         w = {f"hada_w{i}_{x}": normal(rng, *s) for i in (1, 2) for x, s in (("a", (shape[0], 2)), ("b", (2, shape[1])))}

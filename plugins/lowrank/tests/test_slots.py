@@ -139,6 +139,25 @@ def test_a_rank_beyond_the_banks_is_refused_with_both_numbers(bank, bases, tmp_p
     with Deployment.open(folder / "out", max_rank=20) as deployment:
         deployment.load("high", tmp_path / "high")
         close(deployment.run(feeds(2), "high")["logits"], answers(model, feeds(2)))
+    words = ["run", folder / "out", "--load", f"high={tmp_path / 'high'}", "--adapter", "high", "--text", "a good film"]
+    assert "max_rank=20" in run(*words).output
+    done = run(*words, "--max-rank", "20")
+    assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(("config", "rank"), [(peft.LoHaConfig, 9), (peft.LoKrConfig, 12)])
+def test_what_is_a_product_exactly_is_lent_as_one(bank, bases, tmp_path, config, rank):
+    folder, _ = bank
+    fields = {"r": 3} if config is peft.LoHaConfig else {"r": 2}
+    model = trained(bases("bert", "text-classification"), config, {**fields, "target_modules": TARGETS}, tmp_path / "x")
+    given = feeds(3)
+    with Deployment.open(folder / "out", max_rank=rank) as deployment:
+        deployment.load("x", tmp_path / "x")
+        close(deployment.run(given, "x")["logits"], answers(model, given))
+        mixed = deployment.run(given, ["x", "ssh", "x"])["logits"]
+        close(mixed[::2], answers(model, {name: array[::2] for name, array in given.items()}))
+    with Deployment.open(folder / "out", max_rank=rank - 1) as deployment, pytest.raises(AdapterMismatchError):
+        deployment.load("x", tmp_path / "x")
 
 
 def test_run_and_verify_on_the_command_line(bank, bases):
@@ -151,6 +170,8 @@ def test_run_and_verify_on_the_command_line(bank, bases):
     done = run("run", folder / "out", "--how-many-fit", "--memory", "1MB")
     assert "lowrank: " in done.output
     assert "(rank up to 12)" in done.output
+    done = run("run", folder / "out", "--how-many-fit", "--memory", "1MB", "--max-rank", "20")
+    assert "(rank up to 20)" in done.output
 
 
 def test_a_packed_bank_feeds_stock_onnxruntime(bank, tmp_path):
@@ -235,8 +256,12 @@ def test_slots_are_reserved_for_adapters_to_come(bases, tmp_path):
 
 REFUSED = {
     "dora": (peft.LoraConfig, {"r": 4, "use_dora": True}, "no slot can hold a dora delta: it changes a weight by what"),
-    "loha": (peft.LoHaConfig, {"r": 2}, "no slot can hold a hadamard delta: it is neither"),
-    "lokr": (peft.LoKrConfig, {"r": 2}, "no slot can hold a kronecker delta: it is neither"),
+    "loha": (peft.LoHaConfig, {"r": 5}, "no slot can hold a hadamard delta: it is a product of rank 25, whose factors"),
+    "lokr": (
+        peft.LoKrConfig,
+        {"r": 8},
+        "no slot can hold a kronecker delta: it is a product of rank 48, whose factors",
+    ),
 }
 
 
