@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.errors import DeployError
+from ssh_deploy.errors import CheckpointError, DeployError
 
 MAX_HEADER = 16 << 20
 MAX_READ = 256 << 20  # larger files are mapped even where they could be read
@@ -94,6 +94,21 @@ class SafeFile:
     def content(self) -> memoryview:
         """The whole file, header included."""
         return memoryview(self.payload.obj)
+
+    def read_into(self, handle: int, array: NDArray[Any], offset: int) -> None:
+        """Fill ``array`` (contiguous) from byte ``offset`` of the file, opened as ``handle``.
+
+        A mapped page of a file that became shorter would kill this process.
+
+        Raises:
+            CheckpointError: it ends before.
+        """
+        data = memoryview(array.reshape(-1).view(np.uint8).data)
+        while data:
+            count = os.preadv(handle, [data], offset)
+            if not count:
+                raise CheckpointError(f"{self.path}: became shorter while it was read.", hint="Leave the base alone.")
+            data, offset = data[count:], offset + count
 
     def forget(self) -> None:
         """Give mapped pages back to the page cache: what was read no longer counts as this process's memory."""

@@ -25,7 +25,7 @@ def whole_folder(out: Path, *, need: int = 0) -> Iterator[Path]:
     Raises:
         OutputError: ``out`` exists, too little space, or the system refuses a write.
     """
-    _refuse_existing(out)
+    refuse_existing(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -37,12 +37,12 @@ def whole_folder(out: Path, *, need: int = 0) -> Iterator[Path]:
         try:
             yield partial
             for path in partial.rglob("*"):
-                _sync(path)
-            _sync(partial)
+                sync(path)
+            sync(partial)
             partial.chmod(0o755)  # mkdtemp makes it private
-            _refuse_existing(out)  # a rename would replace an empty folder in silence
+            refuse_existing(out)  # a rename would replace an empty folder in silence
             partial.rename(out)
-            _sync(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -73,7 +73,7 @@ def whole_file(path: Path, *, parents: bool = False) -> Iterator[Path]:
         handle, partial = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         yield Path(partial)
-        _sync(Path(partial))
+        sync(Path(partial))
         Path(partial).chmod(0o644)  # mkstemp makes it private
         Path(partial).replace(path)
     except OSError as error:
@@ -85,12 +85,22 @@ def whole_file(path: Path, *, parents: bool = False) -> Iterator[Path]:
             Path(partial).unlink(missing_ok=True)
 
 
-def _refuse_existing(out: Path) -> None:
+def refuse_existing(out: Path) -> None:
+    """Refuse a folder that is there already.
+
+    Raises:
+        OutputError: it is.
+    """
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out} exists already.", hint="Choose another name or remove it first.")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk.
+
+    Raises:
+        OSError: it cannot.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,10 +1,10 @@
 """Shards written from shards: unchanged bytes copied by the kernel, changed tensors written in their place.
 
 A merge changes a few tensors of a file of gigabytes. Where the header stays the same the whole shard is cloned
-(FICLONE: no bytes move at all on btrfs, XFS, bcachefs) or copied by the kernel, and only the changed tensors are
-then written over the copy. Where names are added, dropped, renamed or retyped a new header is laid out and the runs
-of unchanged bytes are copied behind it, again by the kernel. What is computed is asked for tensor by tensor, in
-parts, when its turn comes: memory does not grow with the model.
+(FICLONE: no bytes move at all on btrfs, XFS, bcachefs) and the changed tensors are written over the clone. Where a
+file system cannot clone, or names are added, dropped, renamed or retyped, the file is written from its beginning to
+its end: a header, runs of unchanged bytes that the kernel copies, and between them what is computed. That is asked
+for tensor by tensor, in parts, when its turn comes: memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
-    """A tensor computed when it is written: ``parts()`` yields C-ordered pieces that follow one another."""
+    """A tensor computed when it is written.
+
+    ``parts()`` yields C-ordered pieces that follow one another; ``memory``: about the bytes that takes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     parts: Callable[[], Iterable[NDArray[Any]]]
+    memory: int = 0
 
 
 Entry = Stored | Made
@@ -72,19 +76,30 @@ def write_shard(path: Path, source: SafeFile, entries: Mapping[str, Entry], *, a
     there = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in source.table.items()}
     own = all(isinstance(e, Made) or (e.shard is source and e.name == name) for name, e in entries.items())
     with path.open("xb") as file:
+        target = file.fileno()
         if asked == there and own:
-            copy_file(source.path, file.fileno(), advance=advance)
             offsets = {name: source.start + e["data_offsets"][0] for name, e in source.table.items()}
+            cloned = _clone(source.path, target)
+            if cloned:
+                advance(sum(entry_bytes(e) for e in entries.values() if isinstance(e, Stored)))
+            else:
+                file.write(source.content[: source.start])
         else:
+            cloned = False
             header, offsets = _layout(source, asked, entries)
             file.write(header)
-            file.flush()
-            for shard, begin, to, length in _runs(entries, offsets):
-                with shard.path.open("rb") as base:
-                    _copy_range(base.fileno(), file.fileno(), begin, to, length, advance=advance)
-        for name, entry in entries.items():
-            if isinstance(entry, Made):
-                _write_parts(file.fileno(), offsets[name], entry, advance)
+        file.flush()
+        pieces: list[tuple[int, Made | tuple[SafeFile, int, int]]] = []
+        if not cloned:
+            pieces += [(to, (shard, begin, length)) for shard, begin, to, length in _runs(entries, offsets)]
+        pieces += [(offsets[name], entry) for name, entry in entries.items() if isinstance(entry, Made)]
+        for offset, piece in sorted(pieces, key=lambda pair: pair[0]):
+            if isinstance(piece, Made):
+                _write_parts(target, offset, piece, advance)
+                continue
+            shard, begin, length = piece
+            with shard.path.open("rb") as base:
+                _copy_range(base.fileno(), target, begin, offset, length, advance=advance)
 
 
 def copy_file(source: Path, target: int, *, advance: Advance) -> None:
@@ -93,15 +108,24 @@ def copy_file(source: Path, target: int, *, advance: Advance) -> None:
     Raises:
         OSError: of the system.
     """
+    size = source.stat().st_size
+    if _clone(source, target):
+        advance(size)
+        return
     with source.open("rb") as base:
-        size = os.fstat(base.fileno()).st_size
-        try:
-            import fcntl
+        _copy_range(base.fileno(), target, 0, 0, size, advance=advance)
 
+
+def _clone(source: Path, target: int) -> bool:
+    """Whether the file system made ``target`` share the blocks of ``source``."""
+    try:
+        import fcntl
+
+        with source.open("rb") as base:
             fcntl.ioctl(target, _FICLONE, base.fileno())
-            advance(size)
-        except (ImportError, OSError):  # no such file system, or two of them: copied instead
-            _copy_range(base.fileno(), target, 0, 0, size, advance=advance)
+    except (ImportError, OSError):  # no such file system, or two of them
+        return False
+    return True
 
 
 def _copy_range(source: int, target: int, begin: int, to: int, length: int, *, advance: Advance) -> None:

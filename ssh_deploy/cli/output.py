@@ -30,17 +30,21 @@ def show(as_json: bool, result: dict[str, Any], lines: list[str]) -> None:
 
 
 @contextmanager
-def progress_bar(as_json: bool) -> Iterator[Progress]:
-    """A `Progress` that draws on stderr when that is a terminal; silent with ``--json``."""
+def progress_bar(as_json: bool, *, unit: str = "") -> Iterator[Progress]:
+    """A `Progress` that draws on stderr when that is a terminal; silent with ``--json``.
+
+    ``unit="bytes"``: what is counted are bytes, told with their rate.
+    """
     if as_json or not sys.stderr.isatty():
         yield silent
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bars
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
+    sizes = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ()
+    with Bars(*columns, *sizes, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(stage: str, done: int, total: int) -> None:

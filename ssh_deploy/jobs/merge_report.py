@@ -35,7 +35,11 @@ class MergedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What a merge wrote. Bytes are of the whole folder; ``changed_bytes`` of the tensors that were computed."""
+    """What a merge wrote.
+
+    Bytes are of the whole folder, ``changed_bytes`` of the tensors that were computed. ``resumed``: shards that an
+    earlier run had finished; ``infinite``: adapted tensors with numbers in the base that are not finite.
+    """
 
     out: str
     dtype: str
@@ -49,6 +53,8 @@ class MergeReport:
     left_out: tuple[str, ...]
     bytes: int
     changed_bytes: int
+    resumed: tuple[str, ...]
+    infinite: tuple[str, ...]
     seconds: float
     notes: tuple[str, ...] = field(init=False)
 
@@ -83,6 +89,10 @@ def _notes(report: MergeReport) -> Iterator[str]:
             f"Only {report.survival:.1%} of ΔW survived the rounding: merge with --dtype float32, or keep the adapter "
             "as a sidecar (ssh-deploy export --onnx), which rounds nothing."
         )
+    if report.resumed:
+        yield f"{len(report.resumed)} shards were there, finished by a run of the same command that was cut short."
+    if report.infinite:
+        yield f"Not finite in the base, and left as they are: numbers of {', '.join(report.infinite)}."
     unverified = [adapter.name for adapter in report.adapters if adapter.base != VERIFIED]
     if unverified:
         yield f"base unverified: no fingerprint of the base is stored in {', '.join(unverified)}."

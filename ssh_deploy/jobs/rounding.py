@@ -6,32 +6,42 @@ A stored weight W, an update ΔW and the written weight W′ = round(W + ΔW) in
 
 1 means the merged model is the base plus the adapter; bf16 has 8 significant bits, so an update of a thousandth of
 its weight is rounded away entirely. ``unchanged`` is the share of entries with ΔW ≠ 0 where W′ = W. Differences are
-taken in float32, where W′ − W is exact for neighbours (Sterbenz); float64 weights are summed in float64.
+taken in float32, where W′ − W is exact for neighbours (Sterbenz); float64 weights are summed in float64. Entries
+that are not finite in the base stay as they are and are counted apart.
+
+A tensor is made in blocks of rows that fit the cache, in the order they are written, by as many threads as are given;
+what a block comes out as does not depend on how many those are. Where ΔW can be had in rows (`jobs.row_changes`) it
+never exists as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.checkpoints.index import Checkpoint
-from ssh_deploy.checkpoints.orientation import is_transposed, site_weight
+from ssh_deploy.checkpoints.orientation import site_weight
 from ssh_deploy.checkpoints.safefile import DTYPES, SafeFile
 from ssh_deploy.deltas.base import Delta
 from ssh_deploy.deltas.formula import RelativeDelta
-from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError
+from ssh_deploy.jobs.row_changes import RowChange, row_change
+from ssh_deploy.transforms.cpu import block_rows, pool
 
-_ROWS = 1 << 20  # elements of W handled at once: scratch of a few times 4 MB beside ΔW
+_ROWS = 1 << 20  # elements of a tensor cast at once
 
 
 @dataclass(slots=True)
 class Tally:
-    """Sums over one tensor while it is written: max|ΔW|, ‖ΔW‖², ‖(W′−W)−ΔW‖², entries moved, and put back."""
+    """Sums over one tensor while it is written.
+
+    ``largest`` max|ΔW|, ``delta`` ‖ΔW‖², ``error`` ‖(W′−W)−ΔW‖², entries ``moved``, put back to the ``same``, and
+    ``infinite`` (or no number) in the base.
+    """
 
     adapters: tuple[str, ...]
     largest: float = 0.0
@@ -39,6 +49,17 @@ class Tally:
     error: float = 0.0
     moved: int = 0
     same: int = 0
+    infinite: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Take the sums of a part in."""
+        self.largest = max(self.largest, other.largest)
+        for name in ("delta", "error", "moved", "same", "infinite"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def sums(self) -> dict[str, float]:
+        """As JSON, ``adapters`` aside."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "adapters"}
 
     @property
     def survival(self) -> float:
@@ -52,7 +73,14 @@ class Tally:
 
 
 def merging(
-    checkpoint: Checkpoint, module: str, terms: Sequence[tuple[Delta, float]], code: str, *, device: str, tally: Tally
+    checkpoint: Checkpoint,
+    module: str,
+    terms: Sequence[tuple[Delta, float]],
+    code: str,
+    *,
+    device: str,
+    tally: Tally,
+    threads: int = 1,
 ) -> Callable[[], Iterator[NDArray[Any]]]:
     """Function that makes the parts of round(W + Σ wᵢ ΔWᵢ), in stored orientation, rounded once.
 
@@ -63,27 +91,49 @@ def merging(
         code: safetensors dtype of the result.
         device: where ΔW is computed, ``cpu`` or ``cuda``.
         tally: filled while the parts are made.
+        threads: how many of them make parts at once.
 
     Raises:
         AdapterMismatchError: the sum overflows the dtype.
+        CheckpointError: the base became shorter.
     """
 
     def parts() -> Iterator[NDArray[Any]]:
-        weight = checkpoint.read(f"{module}.weight")
-        work = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
-        transposed = is_transposed(checkpoint, module)
-        base = weight.T if transposed else weight
-        total = np.zeros(terms[0][0].shape, dtype=work)
-        for delta, scale in terms:
-            _accumulate(total, delta, scale, device, base)
-        change = total.T if transposed else total
-        step = max(1, _ROWS // weight.shape[1])
-        for start in range(0, weight.shape[0], step):
-            rows = slice(start, start + step)
-            yield _rounded(module, weight[rows].astype(work), change[rows], code, tally)
-        checkpoint.shards[checkpoint.places[f"{module}.weight"]].forget()
+        name = f"{module}.weight"
+        shard = checkpoint.shards[checkpoint.places[name]]
+        shape, stored = checkpoint.shape(name), np.dtype(DTYPES[checkpoint.dtype(name)])
+        work = np.dtype(np.float64 if stored == np.float64 else np.float32)
+        step = block_rows((shape[0], shape[1]))
+        change = row_change(checkpoint, module, terms, rows=step, dtype=work, device=device)
+        with shard.path.open("rb") as file:
+            begin = shard.start + shard.table[name]["data_offsets"][0]
+
+            def part(start: int, scratch: Any) -> tuple[NDArray[Any], Tally]:
+                count = min(step, shape[0] - start)
+                raw = np.empty((count, shape[1]), stored)
+                shard.read_into(file.fileno(), raw, begin + start * shape[1] * stored.itemsize)
+                own = Tally(())
+                return _rounded(module, raw.astype(work), change.block(start, count, scratch), code, own), own
+
+            for made, own in _in_turn(part, range(0, shape[0], step), change, threads):
+                tally.add(own)
+                yield made
+        shard.forget()
 
     return parts
+
+
+def _in_turn(
+    part: Callable[[int, Any], tuple[NDArray[Any], Tally]], starts: range, change: RowChange, threads: int
+) -> Iterator[tuple[NDArray[Any], Tally]]:
+    """``part`` of every start, in their order, ``threads`` at a time."""
+    scratch = [change.scratch() for _ in range(threads)]
+    if threads == 1:
+        for start in starts:
+            yield part(start, scratch[0])
+        return
+    for first in range(0, len(starts), threads):
+        yield from pool(threads).map(part, starts[first : first + threads], scratch)
 
 
 def merging_bias(
@@ -102,36 +152,35 @@ def merging_bias(
     return parts
 
 
-def _accumulate(total: NDArray[Any], delta: Delta, scale: float, device: str, base: NDArray[Any]) -> None:
-    """``total += scale·ΔW``; ``base`` is W [out, in] as stored, for changes that depend on it."""
-    if device == "cpu" and isinstance(delta, SpectralDelta):
-        from ssh_deploy.transforms.cpu import add_synthesis
-
-        add_synthesis(total, delta.axis, delta.separable(), gain=delta.gain * scale)
-        return
-    import torch
-
-    if isinstance(delta, RelativeDelta):
-        own = torch.from_numpy(base.astype(total.dtype)).to(device)
-        total += scale * delta.change(own).cpu().numpy()
-    elif device == "cpu":
-        delta.add_to(torch.from_numpy(total), scale=scale)  # in place for float32 and float64
-    else:
-        total += scale * delta.dense(device=device, dtype=getattr(torch, total.dtype.name)).cpu().numpy()
-
-
 def _rounded(name: str, before: NDArray[Any], change: NDArray[Any], code: str, tally: Tally) -> NDArray[Any]:
     """``round(before + change)`` as ``code``, counted in ``tally``."""
-    after = _cast(name, before + change, code, before)
-    back = after.astype(before.dtype)
-    error = (back - before) - change
+    with np.errstate(over="ignore", invalid="ignore"):
+        after: NDArray[Any] = (before + change).astype(DTYPES[code])
+        back = after.astype(before.dtype)
+        error = (back - before) - change
+        lost = _squares(error)
+    if not np.isfinite(lost):  # of numbers that were not finite before, of an overflow, or only of their squares
+        odd = ~np.isfinite(before)
+        if not (np.isfinite(back) | odd).all():
+            raise _overflow(name, before + change, code)
+        tally.infinite += int(np.count_nonzero(odd))
+        change, error = np.where(odd, 0, change), np.where(odd, 0, error)
+        lost = float(np.square(error, dtype=np.float64).sum())
     moved = change != 0
     tally.largest = max(tally.largest, float(np.abs(change).max(initial=0.0)))
-    tally.delta += float(np.einsum("ij,ij->", change, change, dtype=np.float64))
-    tally.error += float(np.einsum("ij,ij->", error, error, dtype=np.float64))
+    tally.delta += _squares(change)
+    tally.error += lost
     tally.moved += int(np.count_nonzero(moved))
     tally.same += int(np.count_nonzero(moved & (back == before)))
     return after
+
+
+def _squares(rows: NDArray[Any]) -> float:
+    """Sum of squares: along rows in the dtype they have, which is quick, and of those sums in float64."""
+    total = float(np.einsum("ij,ij->i", rows, rows).sum(dtype=np.float64))
+    if np.isinf(total) and np.isfinite(rows).all():
+        total = float(np.square(rows, dtype=np.float64).sum())
+    return total
 
 
 def casting(
@@ -153,23 +202,28 @@ def casting(
         flat = tensor.reshape(-1)
         for start in range(0, flat.size, _ROWS):
             piece = flat[start : start + _ROWS]
-            yield _cast(name, piece, code, piece)
+            yield _cast(name, piece, code)
         if shard is not None:
             shard.forget()
 
     return parts
 
 
-def _cast(name: str, exact: NDArray[Any], code: str, before: NDArray[Any]) -> NDArray[Any]:
-    """``exact`` as ``code``; where it overflows and the base's own numbers ``before`` are finite, an error."""
+def _cast(name: str, exact: NDArray[Any], code: str) -> NDArray[Any]:
+    """``exact`` as ``code``; where a finite number overflows, an error."""
     with np.errstate(over="ignore"):
         after: NDArray[Any] = exact.astype(DTYPES[code])
-    if not _finite(after) and _finite(before):
-        raise AdapterMismatchError(
-            f"{name}: values up to {np.abs(exact).max():.3g} go beyond the range of {np.dtype(DTYPES[code]).name}.",
-            hint="Merge with --dtype float32 or bfloat16.",
-        )
+    if not _finite(after) and _finite(exact):
+        raise _overflow(name, exact, code)
     return after
+
+
+def _overflow(name: str, exact: NDArray[Any], code: str) -> AdapterMismatchError:
+    largest = np.abs(exact[np.isfinite(exact)]).max(initial=0.0)
+    return AdapterMismatchError(
+        f"{name}: values up to {largest:.3g} go beyond the range of {np.dtype(DTYPES[code]).name}.",
+        hint="Merge with --dtype float32 or bfloat16.",
+    )
 
 
 def _finite(values: NDArray[Any]) -> bool:

@@ -62,7 +62,7 @@ def test_merge_refuses_with_status_1_and_json(pico, adapters, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["merge"], ["merge", "base"], ["merge", "base", "a"], ["merge", "b", "a", "-o", "x", "--dtype", "int8"]]
+    "words", [["merge"], ["merge", "base"], ["merge", "base", "a"], ["merge", "b", "a", "-o", "x", "--dtype", "int4"]]
 )
 def test_wrong_usage_is_status_2(words):
     assert run(*words).exit_code == 2

@@ -16,7 +16,7 @@ from ssh_deploy.adapters.peft_folder import write_folder
 from ssh_deploy.checkpoints.index import INDEX, open_checkpoint
 from ssh_deploy.checkpoints.sampling import fingerprint_of
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, FingerprintError, OutputError, UnknownNameError
-from ssh_deploy.jobs import rounding
+from ssh_deploy.jobs import row_changes
 from ssh_deploy.jobs.merging import merge_adapters
 from ssh_deploy.testing import random_adapter
 from ssh_deploy.transforms import reference
@@ -493,7 +493,7 @@ def test_a_device_path_sums_like_the_cpu(monkeypatch):
     delta = random_adapter({"x": (48, 80)}).deltas["x"]
     dense_of = type(delta).dense
     monkeypatch.setattr(type(delta), "dense", lambda self, *, device, dtype: dense_of(self, dtype=dtype))
-    rounding._accumulate(total, delta, -2.0, "cuda", np.zeros_like(total))
+    row_changes.accumulate(total, delta, -2.0, "cuda", np.zeros_like(total))
     np.testing.assert_allclose(total, 1 - 2 * dense(delta), atol=1e-6)
 
 
