@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ssh_deploy.adapters.base import Adapter as Adapter
     from ssh_deploy.adapters.reading import read_adapter as read_adapter
     from ssh_deploy.errors import DeployError as DeployError
+    from ssh_deploy.jobs.swapping import swap as swap
     from ssh_deploy.runtimes.deployment import Deployment as Deployment
     from ssh_deploy.runtimes.sampling import Sampling as Sampling
 
@@ -24,9 +25,10 @@ _PUBLIC = {
     "DeployError": "ssh_deploy.errors",
     "Sampling": "ssh_deploy.runtimes.sampling",
     "read_adapter": "ssh_deploy.adapters.reading",
+    "swap": "ssh_deploy.jobs.swapping",
 }
 
-__all__ = ["Adapter", "DeployError", "Deployment", "Sampling", "__version__", "read_adapter"]
+__all__ = ["Adapter", "DeployError", "Deployment", "Sampling", "__version__", "read_adapter", "swap"]
 
 
 def __getattr__(name: str) -> Any:
