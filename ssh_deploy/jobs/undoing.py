@@ -6,8 +6,9 @@ places that come back wrong, and what to flip there:
 
     undo = bits(W) xor bits(round(W′ − ΔW))
 
-On all-MiniLM-L6-v2 in bfloat16 that is a few percent of the weights (`jobs.swapping` reports it). Where it would take
-more than the weight itself, and for changes that are a function of the weight they change, the weight is kept.
+For SmolLM2-135M in bfloat16 with 750 coefficients in query and value of every layer that is 8 MB beside 326 MB of
+model (a third of the weights that change). Where it would take more than the weight itself, and for changes that are a
+function of the weight they change, the weight is kept.
 
 It rests on ΔW being the same bits when it is computed again: the same device and the same number of threads. That is
 checked by sums of the restored bits over every row and column, before anything is written: exact, or an error.

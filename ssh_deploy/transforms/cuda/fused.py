@@ -163,8 +163,11 @@ def prepare(
     )
 
 
-def add_batch(batch: Batch, weights: Sequence[torch.Tensor]) -> None:
-    """Add ``batch`` to ``weights``, one for each of its matrices, in place; rows contiguous and equally far apart."""
+def add_batch(batch: Batch, weights: Sequence[torch.Tensor], *, addresses: torch.Tensor | None = None) -> None:
+    """Add ``batch`` to ``weights``, one for each of its matrices, in place; rows contiguous and equally far apart.
+
+    ``addresses``: theirs, int64 on the device, where they are there already (a CUDA graph records no upload).
+    """
     import torch
     import triton
 
@@ -173,7 +176,7 @@ def add_batch(batch: Batch, weights: Sequence[torch.Tensor]) -> None:
     (m, n), tile, device = batch.shape, batch.tile, weights[0].device
     second, first, rows = _factors(batch.axis, m, tile.p, str(device), batch.stage.dtype)
     table, period, step, offset = _table(batch.axis, n, str(device))
-    addresses = [w.data_ptr() for w in weights]
+    places = [w.data_ptr() for w in weights]
     q, exact = m // tile.p, batch.stage.dtype == torch.float32
     stride = weights[0].stride(0)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -191,7 +194,7 @@ def add_batch(batch: Batch, weights: Sequence[torch.Tensor]) -> None:
             BN=_ROWS_BN,
         )
         kernels.add_columns[triton.cdiv(q, tile.b) * triton.cdiv(n, tile.bn), batch.matrices](
-            torch.tensor(addresses, dtype=torch.int64).to(device),
+            torch.tensor(places, dtype=torch.int64).to(device) if addresses is None else addresses,
             batch.stage,
             batch.pair_starts,
             batch.most,
@@ -208,7 +211,7 @@ def add_batch(batch: Batch, weights: Sequence[torch.Tensor]) -> None:
             BN=tile.bn,
             K=tile.k,
             DTYPE=kernels.DTYPES[str(batch.dtype)],
-            ALIGNED=all(a % 16 == 0 for a in addresses),
+            ALIGNED=all(place % 16 == 0 for place in places),
             # tensor cores truncate as they add: too coarse for float32, unseen in float16 (Ootomo, Yokota 2022)
             PRECISION="tf32x3" if exact and batch.dtype == torch.float16 else "ieee",
             num_warps=tile.warps,
