@@ -170,7 +170,7 @@ def plan_merge(base: str | Path, adapters: Sequence[str], options: MergeOptions)
     stamps = {name: _stamp(shard.path) for name, shard in checkpoint.shards.items()}
     fingerprint = options.require_fingerprint
     given = _given(named_paths(adapters), checkpoint, options.weights, require_fingerprint=fingerprint)
-    device = _device(options.device)
+    device = chosen_device(options.device)
     jobs = min(options.jobs or cores(), len(checkpoint.shards))
     owner, replaced = _head(given, options.head)
     integral = options.dtype == "int8"
@@ -206,7 +206,12 @@ def _given(
     return [Given(n, w, f) for n, w, f in zip(paths, factors, fitted, strict=True)]
 
 
-def _device(device: str) -> str:
+def chosen_device(device: str) -> str:
+    """``cpu`` or ``cuda`` for ``cpu``, ``cuda`` or ``auto``.
+
+    Raises:
+        DependencyError: CUDA asked for where there is none.
+    """
     nvidia = Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()  # spares CPU machines the import of torch
     if device == "cpu" or (device == "auto" and not nvidia):
         return "cpu"

@@ -1,0 +1,224 @@
+"""`bench transform`: ``W += ΔW`` out of a sparse spectrum, beside PEFT, torch.fft, scipy and a plain copy of W.
+
+All in one interleaved run, a group for each size: what others have is ΔW alone, ours is added into W. ``ours`` is an
+SSH adapter of n coefficients; ``ours_fourier`` is the very ΔW that PEFT's FourierFT layer makes, from the same places
+and numbers (two separable coefficients each). Both are checked before anything is timed. On CUDA the same deltas go
+through `SpectralDelta.add_to`, whatever that takes there, and a variant ends when the device has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.errors import DependencyError, VerificationError
+from ssh_deploy.jobs.benching import Bench, describe_machine
+from ssh_deploy.jobs.merge_plan import chosen_device
+from ssh_deploy.jobs.progress import Progress, silent
+from ssh_deploy.jobs.timing import Timed, Variant, interleaved
+from ssh_deploy.transforms.cpu import add_synthesis
+
+if TYPE_CHECKING:
+    import torch
+
+COLUMNS = ("device", "shape", "dtype", "variant", "ms", "ratio", "low", "high", "over_memcpy", "rounds")
+_SCALING = 150.0
+_CLOSE = 1e-5  # of the largest number of ΔW; float32 on both sides
+_SEED = 777
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class TransformOptions:
+    """What `bench transform` measures.
+
+    Attributes:
+        sizes: (M, N); the summary knows 4096² and 768².
+        dtypes: of W; PEFT and the others are measured beside float32.
+        coefficients: n.
+        threads: None: all cores.
+        seconds: most time for each size and dtype.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    sizes: tuple[tuple[int, int], ...] = ((4096, 4096), (768, 768))
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    coefficients: int = 1000
+    threads: int | None = None
+    seconds: float = 20.0
+    device: str = "cpu"
+
+
+def measure_transform(*, options: TransformOptions | None = None, progress: Progress = silent) -> Bench:
+    """Measure what ``options`` say.
+
+    Raises:
+        DependencyError: torch or peft is not installed, or CUDA asked for where there is none.
+        VerificationError: a ΔW is wrong: nothing is timed then.
+    """
+    options = options or TransformOptions()
+    device = chosen_device(options.device)
+    torch = _torch()
+    bench = Bench("transform", describe_machine(threads=options.threads))
+    threads, before = int(bench.machine["threads"]), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for shape in options.sizes:
+            peft, fourier = _peft(shape, options.coefficients)
+            ours = _ssh(shape, options.coefficients)
+            _check(ours, fourier, peft)
+            for dtype in options.dtypes:
+                make = _cpu_variants if device == "cpu" else _cuda_variants
+                variants = make(ours, fourier, dtype, peft, threads)
+                stage = f"{shape[0]}x{shape[1]} {dtype}"
+                timed = interleaved(
+                    variants, base="ours", seconds=options.seconds, width=0.02, progress=progress, stage=stage
+                )
+                _add(bench, device, shape, dtype, timed)
+    finally:
+        torch.set_num_threads(before)
+    return bench
+
+
+def _add(bench: Bench, device: str, shape: tuple[int, int], dtype: str, timed: Mapping[str, Timed]) -> None:
+    name = f"{shape[0]}x{shape[1]}"
+    for variant, one in timed.items():
+        row = {"device": device, "shape": name, "dtype": dtype, "variant": variant}
+        row |= {"over_memcpy": round(one.ratio / timed["memcpy"].ratio, 4)}
+        bench.results.append(row | {k: v for k, v in one.as_dict().items() if k != "name"})
+    if dtype == "float32" and shape[0] == shape[1]:
+        bench.summary[f"speedup_vs_peft_{shape[0]}"] = round(timed["peft"].ratio, 3)
+        bench.summary[f"over_memcpy_{shape[0]}"] = round(1 / timed["memcpy"].ratio, 3)
+
+
+def _ssh(shape: tuple[int, int], n: int) -> SpectralDelta:
+    rng = np.random.default_rng(_SEED)
+    rows, cols = np.divmod(rng.choice(shape[0] * shape[1], n, replace=False), shape[1])
+    kind = np.uint16 if max(shape) <= 1 << 16 else np.uint32
+    values = rng.standard_normal(n).astype(np.float32)
+    return SpectralDelta(shape, "hartley", rows.astype(kind), cols.astype(kind), values, _SCALING, "backward")
+
+
+def _peft(shape: tuple[int, int], n: int) -> tuple[Callable[[str], torch.Tensor], SpectralDelta]:
+    """PEFT's own layer: its ``get_delta_weight`` by device, and the same spectrum as ours."""
+    torch = _torch()
+    try:
+        from peft import FourierFTConfig, get_peft_model
+    except ImportError as error:
+        raise DependencyError(f"bench transform needs peft ({error}).", hint="pip install peft") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
+        config = FourierFTConfig(n_frequency=n, scaling=_SCALING, random_loc_seed=_SEED, target_modules=["0"])
+        layer = get_peft_model(model, config).base_model.model[0]
+    rows, cols = layer.indices["default"].numpy()
+    values = layer.fourierft_spectrum["default"].detach().float().numpy()
+    delta = SpectralDelta(shape, "fourier", rows, cols, values, _SCALING, "backward")
+
+    @torch.no_grad()
+    def weight(device: str) -> torch.Tensor:
+        made: torch.Tensor = layer.to(device).get_delta_weight("default")
+        return made
+
+    return weight, delta
+
+
+def _check(ours: SpectralDelta, fourier: SpectralDelta, peft: Callable[[str], torch.Tensor]) -> None:
+    """Both deltas against float64 transforms of the whole spectrum; PEFT's against ours.
+
+    Raises:
+        VerificationError: which one is wrong.
+    """
+    whole = _spectrum(ours)
+    axis = ours.axis
+    want = ours.gain * axis.inverse_cpu(axis.inverse_cpu(whole.astype(np.float64), 0), 1)
+    also = np.fft.ifft2(_spectrum(fourier).astype(np.float64)).real * _SCALING
+    for name, got, exact in (
+        ("ours", _dense(ours), want),
+        ("ours_fourier", _dense(fourier), also),
+        ("peft", peft("cpu").numpy(), also),
+    ):
+        if np.abs(got - exact).max() > _CLOSE * np.abs(exact).max():
+            raise VerificationError(f"{name}: ΔW of {ours.shape} is not what it has to be.", hint="Report this.")
+
+
+def _dense(delta: SpectralDelta) -> NDArray[np.float32]:
+    out = np.zeros(delta.shape, np.float32)
+    add_synthesis(out, delta.axis, delta.separable(), gain=delta.gain)
+    return out
+
+
+def _spectrum(delta: SpectralDelta) -> NDArray[np.float32]:
+    whole = np.zeros(delta.shape, np.float32)
+    whole[delta.rows, delta.cols] = delta.values
+    return whole
+
+
+def _cpu_variants(
+    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], torch.Tensor], threads: int
+) -> dict[str, Variant]:
+    torch = _torch()
+    weight = np.random.default_rng(0).standard_normal(ours.shape, dtype=np.float32).astype(_DTYPES[dtype])
+    copy = weight.copy()
+
+    def adding(delta: SpectralDelta) -> Variant:
+        return lambda _: add_synthesis(weight, delta.axis, delta.separable(), gain=delta.gain, threads=threads)
+
+    variants: dict[str, Variant] = {"ours": adding(ours), "memcpy": lambda _: np.copyto(copy, weight)}
+    if dtype != "float32":
+        return variants
+    places = tuple(torch.from_numpy(np.asarray(part, np.int64)) for part in (fourier.rows, fourier.cols))
+    values = torch.from_numpy(np.array(fourier.values))
+
+    def through_torch(_: int) -> object:
+        spectrum = torch.zeros(fourier.shape)
+        spectrum[places] = values
+        return torch.fft.ifft2(spectrum).real * _SCALING
+
+    variants |= {"ours_fourier": adding(fourier), "peft": lambda _: peft("cpu"), "torch_fft": through_torch}
+    try:
+        from scipy import fft
+    except ImportError:  # a peer that is there or not
+        return variants
+
+    def through_scipy(_: int) -> object:
+        return fft.ifft2(_spectrum(fourier), workers=threads).real * np.float32(_SCALING)
+
+    return variants | {"scipy": through_scipy}
+
+
+def _cuda_variants(
+    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], torch.Tensor], threads: int
+) -> dict[str, Variant]:
+    del threads
+    torch = _torch()
+    weight = torch.randn(ours.shape, device="cuda").to(getattr(torch, dtype))
+    copy = weight.clone()
+
+    def done(work: Callable[[], object]) -> Variant:
+        def run(_: int) -> None:
+            work()
+            torch.cuda.synchronize()
+
+        return run
+
+    return {
+        "ours": done(lambda: ours.add_to(weight)),
+        "memcpy": done(lambda: copy.copy_(weight)),
+        "ours_fourier": done(lambda: fourier.add_to(weight)),
+        "peft": done(lambda: peft("cuda")),
+    }
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise DependencyError(f"bench transform needs torch ({error}).", hint="pip install torch") from error
+    return torch
