@@ -124,6 +124,29 @@ def bank_table() -> str:
     return "\n".join([*lines, "", " ".join(said)])
 
 
+def family_accuracy_table() -> str:
+    """What `examples/family_accuracy.py` measured: four families on three tasks, in four ways of deploying each."""
+    found = results("family_accuracy")
+    titles = {"ssh": "SSH", "fourierft": "FourierFT", "sdctft": "sDCTFT", "lora": "LoRA r = 8"}
+    lines = [
+        "| task | family | torch | merged | slots | one mixed bank | all agree | logits from torch | numbers | file |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for task, rows in found["tasks"].items():
+        for method, row in rows.items():
+            accuracies = " | ".join(f"{row['accuracy'][way]:.4f}" for way in ("torch", "merged", "slots", "mixed"))
+            far, size = max(row["from_torch"].values()), f"{row['bytes'] / 1000:.0f} kB"
+            tail = f"{row['agreement']:.2%} | {far:.0e} | {row['parameters']:,} | {size}"
+            lines.append(f"| {task} | {titles[method]} | {accuracies} | {tail} |")
+    lines += [
+        "",
+        f"Held-out text; one seed each. The bank holds all {sum(map(len, found['tasks'].values()))}, and rows of all of "
+        f"them are shuffled into batches of {found['batch']}. Torch is PEFT for FourierFT and LoRA, the float64 "
+        "definition for SSH and sDCTFT. Reproduce: `python examples/family_accuracy.py`.",
+    ]
+    return "\n".join(lines)
+
+
 def training_table() -> str:
     """What `examples/train_adapters.py` measured: SSH beside LoRA, every seed, and the ablation of δ."""
     found = results("train_adapters")
