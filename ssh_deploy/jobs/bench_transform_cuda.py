@@ -131,10 +131,15 @@ def _measure_size(
             if shape[0] % tile.p == 0 and tile != tile_of(shape[0], dtype):
                 tiled = [prepare(shape, [fourier], device=options.device, dtype=dtype, tile=tile) for _ in weights]
                 recorded[f"fused {tile.p}·{tile.b}·{tile.bn} {tile.warps} warps"] = _recorded(tiled, weights)
+
+    def launching() -> None:
+        for batch, weight in zip(batches, weights, strict=True):
+            add_batch(batch, [weight])
+
     variants: dict[str, Callable[[], object]] = {
         "copy": copying,
         **recorded,
-        "fused_launched": lambda: [add_batch(b, [w]) for b, w in zip(batches, weights, strict=True)],
+        "fused_launched": launching,
         "added": lambda: add_on_device(weights, [fourier] * copies),
         "peft": every(through_peft),
         "torch_fft": every(through_fft),
@@ -149,7 +154,7 @@ def _measure_size(
     )
     name = f"{shape[0]}x{shape[1]}"
     for variant, one in timed.items():
-        row = {"shape": name, "dtype": str(dtype).removeprefix("torch."), "variant": variant}
+        row: dict[str, Any] = {"shape": name, "dtype": str(dtype).removeprefix("torch."), "variant": variant}
         row |= {key: value for key, value in one.as_dict().items() if key != "name"}
         row["ms"] = round(one.ms / (_PASSES * copies), 5)
         row["bandwidth_share"] = round(timed["copy"].ms / one.ms, 4)
@@ -234,12 +239,14 @@ def _peft(shape: tuple[int, int], n: int, device: str) -> tuple[_Layer, Addend]:
     torch.manual_seed(_SEED)
     model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
     config = FourierFTConfig(n_frequency=n, scaling=_SCALING, random_loc_seed=_SEED, target_modules=["0"])
-    module = get_peft_model(model, config).base_model.model[0].to(device)
+    adapted: Any = get_peft_model(model, config).base_model.model
+    module = adapted[0].to(device)
     places = module.indices["default"].cpu().numpy()
     values = module.fourierft_spectrum["default"].detach().float().cpu().numpy()
     transform = get_transform("fourier")
     gain = _SCALING / float(np.sqrt(shape[0] * shape[1]))
-    return _Layer(module, places, values), Addend(transform.axis, transform.separable(*places, values, shape), gain)
+    spectrum = transform.separable(places[0], places[1], values, shape)
+    return _Layer(module, places, values), Addend(transform.axis, spectrum, gain)
 
 
 def _hartley(shape: tuple[int, int], n: int, *, seed: int = 0) -> Addend:

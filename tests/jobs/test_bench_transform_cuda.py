@@ -53,7 +53,8 @@ def test_every_variant_is_a_row(quick):
         "qv_8b_from_host_ms",
     }
     assert found.summary["bandwidth_share_32"] == pytest.approx(by["copy"]["ratio"], abs=1e-4)
-    assert all(value > 0 for value in found.summary.values())
+    assert found.summary["speedup_vs_peft_32"] == pytest.approx(by["peft"]["ratio"], abs=0.01)
+    assert found.summary["qv_8b_ms"] > 0  # the interpreter's times mean nothing, but they are taken
 
 
 @needs_triton
