@@ -138,12 +138,13 @@ def family_accuracy_table() -> str:
             far, size = max(row["from_torch"].values()), f"{row['bytes'] / 1000:.0f} kB"
             tail = f"{row['agreement']:.2%} | {far:.0e} | {row['parameters']:,} | {size}"
             lines.append(f"| {task} | {titles[method]} | {accuracies} | {tail} |")
-    lines += [
-        "",
-        f"Held-out text; one seed each. The bank holds all {sum(map(len, found['tasks'].values()))}, and rows of all of "
-        f"them are shuffled into batches of {found['batch']}. Torch is PEFT for FourierFT and LoRA, the float64 "
-        "definition for SSH and sDCTFT. Reproduce: `python examples/family_accuracy.py`.",
-    ]
+    many = sum(map(len, found["tasks"].values()))
+    said = (
+        f"Held-out text, one seed each. The bank holds all {many}, and rows of all are shuffled into batches of "
+        f"{found['batch']}. Torch is PEFT for FourierFT and LoRA, the float64 definition for SSH and sDCTFT. "
+        "Reproduce: `python examples/family_accuracy.py`."
+    )
+    lines += ["", said]
     return "\n".join(lines)
 
 

@@ -197,7 +197,8 @@ def number(files: AdapterFiles, key: str) -> float:
     value = files.config.get(key)
     if not is_finite_number(value):
         raise AdapterFileError(
-            f"{files.folder}/{CONFIG}: {key} is {value!r:.40}, not a finite number.", hint="Save it again."
+            f"{files.folder}/{CONFIG}: {key} is {value!r:.40}, not a finite number.",
+            hint=f"A {files.config['peft_type']} is computed with it; write what it was trained with, or save it again.",
         )
     return float(value)
 
