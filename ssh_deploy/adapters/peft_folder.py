@@ -198,7 +198,7 @@ def number(files: AdapterFiles, key: str) -> float:
     if not is_finite_number(value):
         raise AdapterFileError(
             f"{files.folder}/{CONFIG}: {key} is {value!r:.40}, not a finite number.",
-            hint=f"A {files.config['peft_type']} is computed with it; write what it was trained with, or save it again.",
+            hint=f"A {files.config['peft_type']} is computed with it: write what it was trained with.",
         )
     return float(value)
 

@@ -6,6 +6,7 @@ import torch
 
 from ssh_deploy.adapters.peft_folder import read_folder, write_folder
 from ssh_deploy.errors import AdapterFileError, AdapterMismatchError
+from ssh_deploy.jobs.merging import merge_adapters
 from ssh_deploy.testing import FamilyContract, write_peft_example
 
 SHAPES = {"encoder.0.q": (6, 10), "encoder.1.v": (8, 8)}
@@ -270,3 +271,14 @@ def test_settings_that_cannot_be_honoured_are_refused(tmp_path, config, message)
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
 def test_starts_that_leave_the_base_alone_are_read(tmp_path, start):
     assert read(tmp_path, TestLoRA, init_lora_weights=start).deltas
+
+
+def test_an_adapter_that_changes_nothing_is_not_merged_in_silence(bases, tmp_path):
+    parts = {"lora_A.weight": np.ones((1, 48), np.float32), "lora_B.weight": np.zeros((48, 1), np.float32)}
+    tensors = {f"{PREFIX}encoder.layer.0.attention.self.query.{name}": part for name, part in parts.items()}
+    folder = write_peft_example(tmp_path / "a", {"peft_type": "LORA", "r": 1, "lora_alpha": 1}, tensors)
+    report = merge_adapters(bases("bert"), [str(folder)], tmp_path / "out")
+    assert any("ΔW is zero everywhere: but for a head, the result is the base" in note for note in report.notes)
+    tensors = {name: tensor + 1 for name, tensor in tensors.items()}
+    folder = write_peft_example(tmp_path / "b", {"peft_type": "LORA", "r": 1, "lora_alpha": 1}, tensors)
+    assert "zero" not in "".join(merge_adapters(bases("bert"), [str(folder)], tmp_path / "more").notes)
