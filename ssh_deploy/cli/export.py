@@ -28,6 +28,13 @@ def _choice(name: str, *values: str, text: str) -> Callable[[F], F]:
 @_choice("--dtype", "float32", "float16", text="Of stored weights; runs compute in float32.")
 @_choice("--quantize", "none", "int8", "int4", text="The base's linear layers; adapters stay exact.")
 @click.option("--block", type=int, default=32, show_default=True, help="Weights that share a scale, with --quantize.")
+@click.option(
+    "--calibrate",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="Rows of 256 tokens that a decoder writes for int4's rounding (GPTQ); 0: to the nearest.",
+)
 @_choice("--adapter-dtype", "float16", "float32", text="Of adapter values.")
 @click.option("--opset", type=int, default=20, show_default=True, help="Of ONNX.")
 @_choice("--adapter-inputs", "optional", "required", text="required: for bindings that drop optional inputs.")

@@ -30,6 +30,7 @@ class ExportOptions:
     dtype: str = "float32"
     quantize: str = "none"
     block: int = 32
+    calibrate: int = 16
     adapter_dtype: str = "float16"
     opset: int = 20
     adapter_inputs: str = "optional"

@@ -83,8 +83,8 @@ def merged_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str, 
     got = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
     checked = validating.compare("merged", got, want, effect=effect)
     if options.quantize != "none":
-        made = quantize_graph(job, folder / files.MODEL, traced.embedding, keep=_heads(job, loaded))
-        hold_quantized(loaded.model, made.as_dict())
+        made = quantize_graph(job, folder / files.MODEL, traced, loaded, keep=_heads(job, loaded))
+        hold_quantized(loaded.model, made.as_dict(), folder / files.MODEL)
         answers = validating.Runner(folder / files.MODEL, traced.outputs)(inputs)
         deployment["quantized"] = describe_quantized(job, made, {"": answers}, {"": got})
         want = validating.torch_outputs(loaded.model, inputs, traced.outputs)

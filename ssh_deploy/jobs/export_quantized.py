@@ -16,8 +16,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ssh_deploy.errors import VerificationError
+from ssh_deploy.graph.calibration import Moments, written_tokens
 from ssh_deploy.graph.quantizing import Quantized, quantize_weights
 from ssh_deploy.graph.storing import save_graph
+from ssh_deploy.graph.trace import Loaded, Traced
 from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_job import Job
 from ssh_deploy.jobs.validating import Checked, Outputs
@@ -26,6 +28,7 @@ from ssh_deploy.jobs.validating import Checked, Outputs
 #: activations to 8 bits at every layer. Root mean square of each output, as a share of its own standard deviation;
 #: SmolLM2's 30 layers are at 0.03 on text, 0.07 on random tokens.
 TOLERANCE = 0.2
+_ROUNDED = {"nearest": "to the nearest", "gptq": "by what their layers read (GPTQ)"}
 
 
 def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effect: float | None = None) -> Checked:
@@ -47,19 +50,32 @@ def compare(what: str, got: Sequence[Outputs], want: Sequence[Outputs], *, effec
     return found
 
 
-def quantize_graph(job: Job, path: Path, embedding: str, *, keep: Collection[str]) -> Quantized:
+def quantize_graph(job: Job, path: Path, traced: Traced, loaded: Loaded, *, keep: Collection[str]) -> Quantized:
     """Quantise the plain graph at ``path``, in its place.
 
     Args:
         job: with a ``quantize`` among its options.
         path: of a float32 graph.
-        embedding: module path of a decoder's output embedding.
+        traced: of that graph.
+        loaded: the model it was traced from; a decoder is asked what its layers read, for `ExportOptions.calibrate`.
         keep: modules left in float32 (heads).
     """
-    model = ir.load(path)
-    made = quantize_weights(model, scheme=job.options.quantize, block=job.options.block, keep=keep, embedding=embedding)
+    model, options = ir.load(path), job.options
+    asked = options.quantize == "int4" and traced.cache is not None and options.calibrate
+    made = quantize_weights(
+        model,
+        scheme=options.quantize,
+        block=options.block,
+        keep=keep,
+        embedding=traced.embedding,
+        moments=Moments(loaded.model, written_tokens(loaded.model, rows=options.calibrate)) if asked else _unknown,
+    )
     replace_graph(model, path)
     return made
+
+
+def _unknown(_module: str) -> None:
+    """Nothing is known of what a module reads."""
 
 
 def replace_graph(model: ir.Model, path: Path) -> None:
@@ -121,7 +137,8 @@ def describe_quantized(
     eight = sum(bits == 8 for bits in made.modules.values())
     job.notes.append(
         f"{made.scheme}: {len(made.modules)} weights ({eight} of them in 8 bits), {made.before / 1e6:.1f} MB as "
-        f"{made.after / 1e6:.1f} MB; the base is {drifted['rms']:.1e} of its spread off float32 (rms)"
+        f"{made.after / 1e6:.1f} MB, rounded {_ROUNDED[made.rounding]}; "
+        f"the base is {drifted['rms']:.1e} of its spread off float32 (rms)"
     )
     job.notes += [
         f"{name}: its effect on the quantised base has cosine {cosine:.3f} with that on the float32 one"

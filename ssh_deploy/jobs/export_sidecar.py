@@ -98,13 +98,13 @@ def sidecar_graph(job: Job, folder: Path, progress: Progress) -> tuple[dict[str,
     )
     checks, answers = validate(weights=half)
     if options.quantize != "none":
-        made = quantize_graph(job, plain, traced.embedding, keep=[m for m, *_ in slotted.heads])
+        made = quantize_graph(job, plain, traced, loaded, keep=[m for m, *_ in slotted.heads])
         model, stated = ir.load(plain), made.as_dict()
         assert add_slots(model, plan) == slotted
         _seal(model, plan, guard, table)
         replace_graph(model, folder / files.MODEL)
-        hold_quantized(loaded.model, stated)
-        checks, quantized = validate(weights=partial(_held, half, stated), compare=compare)
+        hold_quantized(loaded.model, stated, folder / files.MODEL)
+        checks, quantized = validate(weights=partial(_held, half, stated, folder / files.MODEL), compare=compare)
         deployment["quantized"] = describe_quantized(job, made, quantized, answers)
     clear_scratch(folder)
     return deployment, checks
@@ -187,9 +187,9 @@ def _inputs(job: Job, loaded: Loaded, traced: Traced) -> list[dict[str, Any]]:
     return [{name: value for name, value in feed.items() if name in traced.inputs} for feed in feeds]
 
 
-def _held(half: Callable[[Any], None], stated: Mapping[str, Any], model: Any) -> None:
+def _held(half: Callable[[Any], None], stated: Mapping[str, Any], path: Path, model: Any) -> None:
     half(model)
-    hold_quantized(model, stated)
+    hold_quantized(model, stated, path)
 
 
 def _as_it_is(_model: Any) -> None:

@@ -86,10 +86,10 @@ def verify_target(
     held = _as_held(fitted, target) if exported else fitted.adapter
     inside = exported and read_json(target, files.DEPLOYMENT).get("mode") == "merged"
     if quantized is not None and not inside:
-        hold_quantized(model, quantized)
+        hold_quantized(model, quantized, target / files.MODEL)
     apply_adapter(model, held, model_places(held, model, checkpoint.config), head=headed)
     if quantized is not None and inside:  # the adapter was in the weights when they were quantised
-        hold_quantized(model, quantized)
+        hold_quantized(model, quantized, target / files.MODEL)
     run = _exported(target, fitted, checkpoint, names) if exported else _merged(target, task, names)
     progress("verify", 1, 3)
     torch_run = partial(torch_outputs, model, names=names)

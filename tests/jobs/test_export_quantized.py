@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from decoder_folders import ENDS, decoder_adapter, pico_decoder
 from exported_folders import write_adapter
 
@@ -133,8 +134,9 @@ def test_a_tied_embedding_is_stored_once_in_eight_bits(llama):
     _, _, folder, _ = llama
     stated = json.loads((folder / "deployment.json").read_text())["quantized"]
     assert stated["shared_embedding"]
+    tender = ("self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
     assert {m for m, bits in stated["modules"].items() if bits == 8} == {
-        "lm_head", *(f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.v_proj", "mlp.down_proj"))
+        "lm_head", *(f"model.layers.{i}.{m}" for i in (0, 1) for m in tender)
     }  # fmt: skip
     assert len(stated["modules"]) == 15
     found = graph(folder)
@@ -208,7 +210,8 @@ def test_the_reference_is_what_the_codes_stand_for(llama):
     base, _, folder, _ = llama
     model = load_torch(open_checkpoint(base), "text-generation").model
     stored = ir.load(folder / "model.onnx")
-    hold_quantized(model, json.loads((folder / "deployment.json").read_text())["quantized"])
+    stated = json.loads((folder / "deployment.json").read_text())["quantized"]
+    hold_quantized(model, stated, folder / "model.onnx")
     node = next(n for n in stored.graph if n.op_type == "MatMulNBits" and "q_proj" in str(n.metadata_props))
     codes, scales, zeros = (value.const_value.numpy() for value in node.inputs[1:4])
     want = np.empty((48, 48))
@@ -220,6 +223,33 @@ def test_the_reference_is_what_the_codes_stand_for(llama):
     weight = model.model.layers[0].self_attn.q_proj.weight.detach().numpy()
     np.testing.assert_allclose(weight, want, atol=1e-6)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_four_bits_are_rounded_by_what_a_decoders_layers_read(llama, bert, tmp_path):
+    base, adapter, folder, report = llama
+    stated = json.loads((folder / "deployment.json").read_text())["quantized"]
+    assert stated["rounding"] == "gptq"
+    assert any("GPTQ" in note for note in report.notes)
+    options = ExportOptions(quantize="int4", block=16, calibrate=0)
+    export_model(base, [str(adapter)], tmp_path / "nearest", options=options)
+    nearest = json.loads((tmp_path / "nearest" / "deployment.json").read_text())["quantized"]
+    assert nearest["rounding"] == "nearest"
+    assert nearest["weight_error"] < stated["weight_error"]
+    encoder = json.loads((bert[2] / "int4" / "deployment.json").read_text())["quantized"]
+    assert encoder["rounding"] == "nearest"  # nothing tells what it reads
+
+
+def test_codes_of_another_base_are_no_reference(llama):
+    base, _, folder, _ = llama
+    stated = json.loads((folder / "deployment.json").read_text())["quantized"]
+    model = load_torch(open_checkpoint(base), "text-generation").model
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.neg_()
+    with pytest.raises(GraphError, match=r"layers\.1\.mlp\.up_proj are of another weight"):
+        hold_quantized(model, stated, folder / "model.onnx")
+    stated["modules"]["model.norm"] = 4
+    with pytest.raises(GraphError, match=r"no codes for model\.norm"):
+        hold_quantized(load_torch(open_checkpoint(base), "text-generation").model, stated, folder / "model.onnx")
 
 
 def test_what_cannot_be_quantised_is_refused(llama, tmp_path):
