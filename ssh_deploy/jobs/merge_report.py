@@ -85,7 +85,7 @@ class MergeReport:
 def _notes(report: MergeReport) -> Iterator[str]:
     """What a person should know of the merge."""
     if report.sites and not any(site.norm for site in report.sites):
-        yield "ΔW is zero everywhere: but for a head, the result is the base. Was the adapter saved before its training?"
+        yield "ΔW is zero everywhere: but for a head, the result is the base. Was it saved before its training?"
     if report.survival < SURVIVAL_FLOOR:
         yield (
             f"Only {report.survival:.1%} of ΔW survived the rounding: merge with --dtype float32, or keep the adapter "
