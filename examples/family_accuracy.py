@@ -7,7 +7,8 @@ SSH, FourierFT, sDCTFT (750 coefficients a matrix each) and LoRA (r = 8) change 
 all-MiniLM-L6-v2; the adapters lie in examples/adapters, values in float16. What they are held against: PEFT's own
 layers for FourierFT and LoRA; for SSH and sDCTFT, which PEFT has not, ΔW as the plain float64 sum of its definition.
 One folder is exported with all twelve. It answers every row with each of them alone, and then every row with each of
-them in one shuffled stream, so that a batch of 32 holds four families, three tasks and two sizes of heads.
+them in one stream that is shuffled among texts of about one length: a batch of 32 holds rows of whatever family and
+task, and heads of two and of six labels. How many of each is in the record (mixed_batches).
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ class Study:
     quick: bool
 
     def load(self, name: str) -> Task:
-        """The task, cut down for --quick."""
+        """The task, cut down for --quick, its test part from short to long."""
         task = load_task(name)
-        if self.rows is None:
-            return task
-        return replace(task, train=_first(task.train, 64), test=_first(task.test, self.rows))
+        if self.rows is not None:
+            task = replace(task, train=_first(task.train, 64), test=_first(task.test, self.rows))
+        order = sorted(range(len(task.test[0])), key=lambda i: len(task.test[0][i]))  # little padding in each batch
+        return replace(task, test=([task.test[0][i] for i in order], [task.test[1][i] for i in order]))
 
     def run(self, task: str, method: str) -> Run:
         """How the adapter is trained where it is missing."""
@@ -139,18 +141,29 @@ def torch_answers(study: Study, task: Task, method: str) -> Logits:
     return peft_logits(path, len(task.labels), task.test[0])
 
 
-def mixed_answers(deployment: Deployment, tasks: Sequence[Task]) -> dict[tuple[str, str], Logits]:
-    """Logits by task and method, all rows of all of them in one shuffled stream of batches."""
+def mixed_answers(
+    deployment: Deployment, tasks: Sequence[Task]
+) -> tuple[dict[tuple[str, str], Logits], dict[str, float]]:
+    """Logits by task and method, all rows of all of them in one stream of batches.
+
+    The stream is shuffled, then sorted by length in steps of sixteen characters: what shares a batch is chance, but
+    for texts of about one length.
+    """
     stream = [(task, method, i) for task in tasks for method in METHODS for i in range(len(task.test[0]))]
     order = np.random.default_rng(0).permutation(len(stream)).tolist()
+    order.sort(key=lambda k: len(stream[k][0].test[0][stream[k][2]]) // 16)
     found: dict[tuple[str, str], dict[int, Logits]] = {(t.name, m): {} for t in tasks for m in METHODS}
+    seen: list[tuple[int, int]] = []
     for start in range(0, len(order), BATCH):
         rows = [stream[k] for k in order[start : start + BATCH]]
+        seen.append((len({method for _, method, _ in rows}), len({task.name for task, _, _ in rows})))
         texts = [task.test[0][i] for task, _, i in rows]
         answers = deployment.predict(texts, adapters=[f"{task.name}-{method}" for task, method, _ in rows])
         for (task, method, i), one in zip(rows, answers, strict=True):
             found[task.name, method][i] = one.logits
-    return {key: np.stack([rows[i] for i in range(len(rows))]) for key, rows in found.items()}
+    families, kinds = np.mean(seen, axis=0)
+    told = {"batches": len(seen), "families_each": round(float(families), 2), "tasks_each": round(float(kinds), 2)}
+    return {key: np.stack([rows[i] for i in range(len(rows))]) for key, rows in found.items()}, told
 
 
 def judged(task: Task, logits: Mapping[str, Logits], path: Path) -> dict[str, Any]:
@@ -180,7 +193,7 @@ def measure(study: Study) -> dict[str, Any]:
         given = [f"{t.name}-{m}={study.path(t.name, m)}" for t in tasks for m in METHODS]
         export_model(base_folder(), given, out)
         with Deployment.open(out) as deployment:
-            mixed = mixed_answers(deployment, tasks)
+            mixed, batches = mixed_answers(deployment, tasks)
             for task in tasks:
                 for method, title in METHODS.items():
                     merged = Path(scratch) / f"merged-{task.name}-{method}"
@@ -194,7 +207,7 @@ def measure(study: Study) -> dict[str, Any]:
                     row = found[task.name][method] = judged(task, logits, study.path(task.name, method))
                     right = ", ".join(f"{way} {value:.4f}" for way, value in row["accuracy"].items())
                     print(f"{task.name:<10} {title:<11} {right}; agree {row['agreement']:.2%}", flush=True)
-    return found
+    return {"mixed_batches": batches, "tasks": found}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -224,7 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
         "quick": given.quick,
         "batch": BATCH,
         "rows": {name: len(study.load(name).test[0]) for name in study.tasks},
-        "tasks": measure(study),
+        **measure(study),
     }
     study.out.mkdir(parents=True, exist_ok=True)
     (study.out / "family_accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
