@@ -61,7 +61,14 @@ class Decoders:
         if not out.is_dir():
             self.progress(f"export {form} {precision}", 0, 1)
             sites, kinds = FORMS[form]
-            quantised: dict[str, Any] = {} if precision == "f32" else {"quantize": precision}
+            quantised: dict[str, Any] = (
+                {}
+                if precision == "f32"
+                else {
+                    "quantize": precision,
+                    "calibrate": 0,  # what codes stand for costs no time
+                }
+            )
             options = ExportOptions(task="text-generation", sites=sites, kinds=kinds, **quantised)
             export_model(self.checkpoint, [], out, options=options)
             self.progress(f"export {form} {precision}", 1, 1)
