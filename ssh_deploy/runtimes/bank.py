@@ -12,8 +12,8 @@ Rows are as wide as the bank, set at opening: a wider adapter is refused, never 
 written: its owner (`residents`) frees it after the last such run. Nothing here locks; the owner's one lock does.
 
 **What it costs.** A row is the bank's whole width whatever the adapter's. A freed row gives its pages back, except
-those it shares with rows in use (a page is 4 KiB; a row of values at n = 750 in 24 sites is 36 kB). *Not covered:* on
-CUDA, ONNX Runtime copies what is fed, so the whole bank, at every run; systems other than Linux may keep freed pages.
+those it shares with rows in use (a page is 4 KiB; a row of values at n = 750 in 24 sites is 36 kB). On a GPU runs are
+lent a copy that is there already (`mirror`). *Not covered:* systems other than Linux may keep freed pages.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
+from ssh_deploy.runtimes.mirror import Mirror, Upload
 from ssh_deploy.runtimes.session import Input
 
 #: ids input of each kind of bank; the kind of every other adapter input follows from its name (`kind_of`).
@@ -80,8 +81,12 @@ class Bank:
         capacity: rows that adapters can take, row 0 not counted.
     """
 
-    def __init__(self, kind: str, inputs: Sequence[Input], *, widths: Sizes, capacity: int) -> None:
+    def __init__(
+        self, kind: str, inputs: Sequence[Input], *, widths: Sizes, capacity: int, upload: Upload | None = None
+    ) -> None:
         """Reserve rows for ``capacity`` adapters of ``inputs``, as wide as ``widths`` says of every symbolic side.
+
+        ``upload``: puts an array on the device that runs compute on; None: they compute here.
 
         Raises:
             DeploymentError: the system reserves no memory of that size.
@@ -101,6 +106,8 @@ class Bank:
         self._freed: list[int] = []  # a heap of used ones that nobody owns
         self._free: set[int] = set()  # the same rows
         self._untidy: list[int] = []  # freed and perhaps still holding pages
+        self._mirror = None if upload is None else Mirror(upload)
+        self._version = 0  # rows written so far
 
     @property
     def used(self) -> int:
@@ -154,6 +161,7 @@ class Bank:
             self._fresh += 1
         for name, array in self._arrays.items():
             _write(array[row], rows[name], self._fills[name])
+        self._version += 1
         return row
 
     def free(self, row: int) -> None:
@@ -169,6 +177,11 @@ class Bank:
             if row in self._free:
                 self._give_back(row)
 
+    @property
+    def on_device(self) -> bool:
+        """Runs compute elsewhere, and what `mixed` lends is there already."""
+        return self._mirror is not None
+
     def alone(self, row: int) -> dict[str, NDArray[Any]]:
         """Feeds for a batch that uses ``row`` throughout: a bank of that one row, whose ids are the graph's default.
 
@@ -177,9 +190,21 @@ class Bank:
         """
         return {name: array[row : row + 1] for name, array in self._arrays.items()}
 
-    def mixed(self, ids: Sequence[int]) -> dict[str, NDArray[Any]]:
-        """Feeds for a batch of several: the whole bank, and ``ids`` (rows here) as int64 [batch]."""
-        return {**self._arrays, IDS[self.kind]: np.array(ids, dtype=np.int64)}
+    def mixed(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Feeds for a batch of several: the whole bank, and ``ids`` (rows here) as int64 [batch].
+
+        Raises:
+            DeploymentError: a row that was never filled. A CPU would refuse it, a GPU answer something.
+        """
+        if not all(0 <= row < self._fresh for row in ids):
+            raise DeploymentError(
+                f"Rows {sorted(set(ids))} of the bank of {self.kind} adapters are asked for; it has {self._fresh}.",
+                hint="Ask for adapters by name; rows are the deployment's own.",
+            )
+        arrays: Mapping[str, Any] = self._arrays
+        if self._mirror is not None:
+            arrays = self._mirror.values(self._arrays, used=self._fresh, version=self._version)
+        return {**arrays, IDS[self.kind]: np.array(ids, dtype=np.int64)}
 
     def copy(self, row: int, sizes: Sizes) -> dict[str, NDArray[Any]]:
         """What was put into ``row``, copied out without its padding."""

@@ -15,6 +15,7 @@ from ssh_deploy.errors import DeployError, DeploymentError
 from ssh_deploy.graph.spectral_rows import AXES
 from ssh_deploy.runtimes.bank import Bank, inputs_by_kind, kind_of, row_bytes
 from ssh_deploy.runtimes.folder import Folder, contained
+from ssh_deploy.runtimes.mirror import Upload
 from ssh_deploy.runtimes.residents import Residents
 from ssh_deploy.runtimes.session import Input, onnxruntime
 
@@ -183,8 +184,15 @@ def _shapes(folder: Folder, file: str) -> dict[str, tuple[int, ...]]:
         return {}
 
 
-def make_banks(folder: Folder, inputs: Mapping[str, Input], widths: Mapping[str, int], budget: int) -> dict[str, Bank]:
-    """Empty banks for the adapter ``inputs``, each of as many rows as ``budget`` bytes hold.
+def make_banks(
+    folder: Folder,
+    inputs: Mapping[str, Input],
+    widths: Mapping[str, int],
+    budget: int,
+    *,
+    upload: Upload | None = None,
+) -> dict[str, Bank]:
+    """Empty banks for the adapter ``inputs``, each of as many rows as ``budget`` bytes hold; ``upload``: see `Bank`.
 
     Raises:
         DeploymentError: the budget does not hold one adapter, or the system has not that much memory.
@@ -199,7 +207,10 @@ def make_banks(folder: Folder, inputs: Mapping[str, Input], widths: Mapping[str,
             f"{folder.root}: a budget of {budget:,} bytes is too small for one adapter of {least:,} ({parts}).",
             hint="Open the deployment with more `memory=`, or a smaller max_coefficients=, max_rank= or max_labels=.",
         )
-    return {kind: Bank(kind, kinds[kind], widths=widths, capacity=budget // max(size[kind], 1)) for kind in kinds}
+    return {
+        kind: Bank(kind, kinds[kind], widths=widths, capacity=budget // max(size[kind], 1), upload=upload)
+        for kind in kinds
+    }
 
 
 def how_many_fit(residents: Residents) -> HowManyFit:

@@ -80,7 +80,8 @@ class Deployment:
         self.folder = folder
         self._session = session
         inputs = session.adapter_inputs
-        self._residents = Residents(make_banks(folder, inputs, widths, budget), budget=budget)
+        banks = make_banks(folder, inputs, widths, budget, upload=session.upload)
+        self._residents = Residents(banks, budget=budget)
         self._catalogue = Catalogue(folder, inputs, self._residents)
         prepare(folder)
         self._texts: Texts | None = None

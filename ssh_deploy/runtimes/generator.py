@@ -26,8 +26,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from numpy.typing import NDArray
-
 from ssh_deploy.errors import DeployError, DeploymentError
 from ssh_deploy.runtimes.cache import Cache
 from ssh_deploy.runtimes.catalogue import Catalogue
@@ -226,13 +224,13 @@ class Generator:
         assert self._cache is not None
         with self._failing(self._active):
             if self._lent is None:
-                self._lent = {name: ort_value(array) for name, array in self._feeds(self._active).items()}
+                self._lent = {name: ort_value(fed) for name, fed in self._feeds(self._active).items()}
             tokens = [stream.tokens[-1] for stream in self._active]
             logits, self._cache = self._model.step(tokens, self._cache, self._lent)
             for stream, row in zip(self._active, logits, strict=True):
                 stream.hear(row)
 
-    def _feeds(self, streams: Sequence[Stream]) -> dict[str, NDArray[Any]]:
+    def _feeds(self, streams: Sequence[Stream]) -> dict[str, Any]:
         """What the graph is fed for the adapters of ``streams``."""
         banks, names = self._residents.banks, [stream.request.adapter for stream in streams]
         loans = [stream.loan.contents if stream.loan else {} for stream in streams]

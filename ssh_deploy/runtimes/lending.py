@@ -23,11 +23,12 @@ from ssh_deploy.runtimes.residents import Content
 class Part:
     """Rows of a batch that run together: a slice or int64 indices, what they are lent, the widest of their heads.
 
-    ``labels`` is None where the rows answer with the base's own head, of which nothing is to be cut.
+    ``feeds``: arrays, or OrtValues of what is on a device already. ``labels`` is None where the rows answer with the
+    base's own head, of which nothing is to be cut.
     """
 
     rows: Any
-    feeds: dict[str, NDArray[Any]]
+    feeds: dict[str, Any]
     labels: int | None
 
 
@@ -83,12 +84,12 @@ def nothing_lent(folder: Folder, banks: Mapping[str, Bank]) -> dict[str, NDArray
 
 
 def _part(rows: Any, contents: Sequence[Content | None], banks: Mapping[str, Bank]) -> Part:
-    feeds: dict[str, NDArray[Any]] = {}
+    feeds: dict[str, Any] = {}
     distinct = list(dict.fromkeys(contents))
     for kind, bank in banks.items():
         if not any(content is not None and kind in content.rows for content in distinct):
             continue
-        if len(distinct) == 1 and distinct[0] is not None:
+        if len(distinct) == 1 and distinct[0] is not None and not bank.on_device:
             feeds |= bank.alone(distinct[0].rows[kind])
         else:
             feeds |= bank.mixed([0 if content is None else content.rows.get(kind, 0) for content in contents])

@@ -9,7 +9,7 @@ collection a run answered with another adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,8 +52,17 @@ class Session:
         device: where the first provider computes, ``cpu`` or ``cuda``.
     """
 
-    def __init__(self, model: Path, *, threads: int | None = None, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        threads: int | None = None,
+        providers: Sequence[str] | None = None,
+        cpu_fallback: bool = True,
+    ) -> None:
         """Load ``model``; ``threads`` of one operator (None: ORT decides), ``providers`` as ORT names them.
+
+        ``cpu_fallback=False``: refuse the model where the first provider leaves any operator to the CPU.
 
         Raises:
             DependencyError: onnxruntime is not installed.
@@ -64,6 +73,8 @@ class Session:
         options.log_severity_level = 3  # an overridable initializer makes ORT warn at every load
         if threads is not None:
             options.intra_op_num_threads = threads
+        if not cpu_fallback:
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         chosen = list(providers) if providers is not None else default_providers()
         with _border(f"{model}: ONNX Runtime {ort.__version__} cannot load it", "Export or fetch the folder again."):
             self._session: Any = ort.InferenceSession(str(model), options, providers=chosen)
@@ -75,13 +86,22 @@ class Session:
         self.output_shapes = {node.name: tuple(node.shape) for node in self._session.get_outputs()}
         self.outputs = tuple(self.output_shapes)
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Answer ``feeds``; safe from several threads. ``outputs``: names, or None for all.
+    @property
+    def upload(self) -> Callable[[NDArray[Any]], Any] | None:
+        """Copies an array to where runs compute, as an OrtValue that `run` takes; None where that is here."""
+        if self.device == "cpu":
+            return None
+        return lambda array: onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self.device, 0)
+
+    def run(self, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Answer ``feeds``, arrays or OrtValues; safe from several threads. ``outputs``: names, or None for all.
 
         Raises:
             DeploymentError: whatever ORT refuses.
         """
         session, names = self._session, list(self.outputs if outputs is None else outputs)
+        if not all(isinstance(fed, np.ndarray) for fed in feeds.values()):
+            return self.run_kept(feeds, names, kept=())[0]
         if session is None:
             raise DeploymentError("The session was closed.", hint="Open the deployment again.")
         with _border("ONNX Runtime refused the run", "Check names, dtypes and shapes of the feeds."):
@@ -112,7 +132,7 @@ class Session:
         with _border("ONNX Runtime refused the run", "Check names, dtypes and shapes of the feeds."):
             binding = session.io_binding()
             for name, value in feeds.items():
-                binding.bind_ortvalue_input(name, ort_value(value) if isinstance(value, np.ndarray) else value)
+                binding.bind_ortvalue_input(name, ort_value(value))
             for name in outputs:
                 binding.bind_output(name, "cpu")
             for name in kept:
@@ -148,8 +168,10 @@ def onnxruntime() -> Any:
     return ort
 
 
-def ort_value(array: NDArray[Any]) -> Any:
-    """``array`` as ONNX Runtime's own value, which reads it where it is and keeps it alive."""
+def ort_value(array: Any) -> Any:
+    """``array`` as ONNX Runtime's own value, which reads it where it is and keeps it alive; one already, itself."""
+    if not isinstance(array, np.ndarray):
+        return array
     return onnxruntime().OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
 
 
