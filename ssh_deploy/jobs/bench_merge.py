@@ -132,7 +132,7 @@ def check_merged(base: SyntheticBase, out: Path) -> None:
         old, new = before.read(name), after.read(name)
         delta = base.deltas.get(name.removesuffix(".weight"))
         if delta is None:
-            right = np.array_equal(_bits(old), _bits(new))
+            right = bool(np.array_equal(_bits(old), _bits(new)))
         else:
             rows = slice(0, min(256, old.shape[0]))  # of a matrix: the definition is slow
             axis, whole = delta.axis, np.zeros(delta.shape)
@@ -141,7 +141,7 @@ def check_merged(base: SyntheticBase, out: Path) -> None:
             want = old[rows].astype(np.float64) + exact
             off = np.abs(new[rows].astype(np.float64) - want) > 2.0**-8 * np.abs(want) + 1e-7  # half a step of bf16
             other = np.count_nonzero(new[rows] != want.astype(new.dtype))  # float32 is another side of a few ties
-            right = not off.any() and other <= 1e-3 * want.size and not np.array_equal(_bits(old), _bits(new))
+            right = bool(not off.any() and other <= 1e-3 * want.size and not np.array_equal(_bits(old), _bits(new)))
         before.shards[before.places[name]].forget()
         after.shards[after.places[name]].forget()
         if not right:

@@ -8,6 +8,7 @@ through `SpectralDelta.add_to`, whatever that takes there, and a variant ends wh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,13 @@ from ssh_deploy.jobs.timing import Timed, Variant, interleaved
 from ssh_deploy.transforms.cpu import add_synthesis
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
 COLUMNS = ("device", "shape", "dtype", "variant", "ms", "ratio", "low", "high", "over_memcpy", "rounds")
 _SCALING = 150.0
 _CLOSE = 1e-5  # of the largest number of ΔW; float32 on both sides
 _SEED = 777
+_SPIN = 0.01  # seconds
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -77,8 +79,15 @@ def measure_transform(*, options: TransformOptions | None = None, progress: Prog
                 make = _cpu_variants if device == "cpu" else _cuda_variants
                 variants = make(ours, fourier, dtype, peft, threads)
                 stage = f"{shape[0]}x{shape[1]} {dtype}"
+                settle = {name: _settled(variant) for name, variant in variants.items()}
                 timed = interleaved(
-                    variants, base="ours", seconds=options.seconds, width=0.02, progress=progress, stage=stage
+                    variants,
+                    base="ours",
+                    seconds=options.seconds,
+                    width=0.02,
+                    before=settle,
+                    progress=progress,
+                    stage=stage,
                 )
                 _add(bench, device, shape, dtype, timed)
     finally:
@@ -86,11 +95,24 @@ def measure_transform(*, options: TransformOptions | None = None, progress: Prog
     return bench
 
 
+def _settled(variant: Variant) -> Variant:
+    """Right before it is timed a variant runs once: torch's threads, which spin for a while, have gone to sleep then.
+
+    So each finds the machine as it left it itself.
+    """
+
+    def settle(i: int) -> None:
+        time.sleep(_SPIN)
+        variant(i)
+
+    return settle
+
+
 def _add(bench: Bench, device: str, shape: tuple[int, int], dtype: str, timed: Mapping[str, Timed]) -> None:
     name = f"{shape[0]}x{shape[1]}"
     for variant, one in timed.items():
-        row = {"device": device, "shape": name, "dtype": dtype, "variant": variant}
-        row |= {"over_memcpy": round(one.ratio / timed["memcpy"].ratio, 4)}
+        row: dict[str, Any] = {"device": device, "shape": name, "dtype": dtype, "variant": variant}
+        row["over_memcpy"] = round(one.ratio / timed["memcpy"].ratio, 4)
         bench.results.append(row | {k: v for k, v in one.as_dict().items() if k != "name"})
     if dtype == "float32" and shape[0] == shape[1]:
         bench.summary[f"speedup_vs_peft_{shape[0]}"] = round(timed["peft"].ratio, 3)
@@ -105,7 +127,7 @@ def _ssh(shape: tuple[int, int], n: int) -> SpectralDelta:
     return SpectralDelta(shape, "hartley", rows.astype(kind), cols.astype(kind), values, _SCALING, "backward")
 
 
-def _peft(shape: tuple[int, int], n: int) -> tuple[Callable[[str], torch.Tensor], SpectralDelta]:
+def _peft(shape: tuple[int, int], n: int) -> tuple[Callable[[str], Tensor], SpectralDelta]:
     """PEFT's own layer: its ``get_delta_weight`` by device, and the same spectrum as ours."""
     torch = _torch()
     try:
@@ -116,20 +138,21 @@ def _peft(shape: tuple[int, int], n: int) -> tuple[Callable[[str], torch.Tensor]
         torch.manual_seed(_SEED)
         model = torch.nn.Sequential(torch.nn.Linear(shape[1], shape[0], bias=False))
         config = FourierFTConfig(n_frequency=n, scaling=_SCALING, random_loc_seed=_SEED, target_modules=["0"])
-        layer = get_peft_model(model, config).base_model.model[0]
+        layer: Any = get_peft_model(model, config).get_submodule("base_model.model.0")
     rows, cols = layer.indices["default"].numpy()
     values = layer.fourierft_spectrum["default"].detach().float().numpy()
     delta = SpectralDelta(shape, "fourier", rows, cols, values, _SCALING, "backward")
 
-    @torch.no_grad()
-    def weight(device: str) -> torch.Tensor:
-        made: torch.Tensor = layer.to(device).get_delta_weight("default")
+    layer.requires_grad_(False)
+
+    def weight(device: str) -> Tensor:
+        made: Tensor = layer.to(device).get_delta_weight("default")
         return made
 
     return weight, delta
 
 
-def _check(ours: SpectralDelta, fourier: SpectralDelta, peft: Callable[[str], torch.Tensor]) -> None:
+def _check(ours: SpectralDelta, fourier: SpectralDelta, peft: Callable[[str], Tensor]) -> None:
     """Both deltas against float64 transforms of the whole spectrum; PEFT's against ours.
 
     Raises:
@@ -161,7 +184,7 @@ def _spectrum(delta: SpectralDelta) -> NDArray[np.float32]:
 
 
 def _cpu_variants(
-    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], torch.Tensor], threads: int
+    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], Tensor], threads: int
 ) -> dict[str, Variant]:
     torch = _torch()
     weight = np.random.default_rng(0).standard_normal(ours.shape, dtype=np.float32).astype(_DTYPES[dtype])
@@ -194,7 +217,7 @@ def _cpu_variants(
 
 
 def _cuda_variants(
-    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], torch.Tensor], threads: int
+    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], Tensor], threads: int
 ) -> dict[str, Variant]:
     del threads
     torch = _torch()

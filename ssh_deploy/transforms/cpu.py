@@ -6,9 +6,10 @@ by several threads, each with its own block in the cache. A block's part of the 
 
 * few coefficients: their sum by definition, ``F[k, j] = Re(w_k e^{−iθ_k j})``, where the turn to the block's first row
   is one factor a coefficient and the turns within a block are the same for all: three multiply-adds each, no memory;
-* many of them, or a small matrix: FFTs of all those columns once, kept for the blocks.
+* many of them: FFTs of all those columns once, kept for the blocks.
 
-FFTs are ducc0's. A weight that lies transposed in memory is the transposed problem: ``ΔWᵀ = F_Nᵀ Sᵀ F_M``.
+A small matrix is transformed whole: it is in the cache as it is. FFTs are ducc0's. A weight that lies transposed in
+memory is the transposed problem: ``ΔWᵀ = F_Nᵀ Sᵀ F_M``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ssh_deploy.transforms.base import Axis, Float, Index, Separable
 _BLOCK = 1 << 18  # elements of a block: 1 MB of float32, in and out of its FFTs
 _LEAST = 16  # rows of a block: as many as ducc0 takes through one FFT at once
 _PAD = 16  # elements between rows: rows 2^k bytes apart share their cache lines, and FFTs take three times as long
+_SMALL = 1 << 20  # elements of a matrix that is transformed whole
 _KEPT = 1 << 20  # numbers of a first pass that is kept whole in any case
 _FEW = 4  # coefficients a column up to which sums are cheaper than an FFT, or as cheap
 _LAYERS = 16  # most coefficients in one column for sums
@@ -49,6 +51,13 @@ def add_synthesis(weight: NDArray[Any], axis: Axis, spectrum: Separable, *, gain
         weight, spectrum = weight.T, transposed(spectrum)
     work = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
     threads = threads or cores()
+    if weight.size <= _SMALL:
+        whole = _whole(weight.shape, axis, spectrum, gain, work, threads)
+        if weight.dtype == work:
+            weight += whole
+        else:
+            weight[:] = weight.astype(work) + whole
+        return
     step = block_rows(weight.shape, threads)
     rows = RowSynthesis(weight.shape, axis, spectrum, gain=gain, rows=step, dtype=work, threads=threads)
     starts = range(0, weight.shape[0], step)
@@ -86,6 +95,16 @@ def synthesis(
     out = np.zeros(shape, dtype=dtype)
     add_synthesis(out, axis, spectrum, gain=gain, threads=threads)
     return out
+
+
+def _whole(
+    shape: tuple[int, ...], axis: Axis, spectrum: Separable, gain: float, dtype: np.dtype[Any], threads: int
+) -> NDArray[Any]:
+    """All of ``gain · factor · F_Mᵀ S F_N``."""
+    whole = np.zeros((shape[0], shape[1] + _PAD), dtype)[:, : shape[1]]
+    values = spectrum.values.astype(np.float64) * (gain * spectrum.factor)
+    np.add.at(whole, (spectrum.rows, spectrum.cols), values.astype(dtype))
+    return axis.inverse_cpu(axis.inverse_cpu(whole, 0, threads=threads), 1, threads=threads)
 
 
 def transposed(spectrum: Separable) -> Separable:

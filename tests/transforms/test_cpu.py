@@ -31,7 +31,7 @@ def test_sums_of_few_coefficients_are_the_definition(m, n, count, name, threads)
     """No first pass is kept, blocks of 16 rows: what large matrices do."""
     spectrum, parts = spectrum_of(name, (m, n), count)
     with pytest.MonkeyPatch.context() as patch:
-        for constant, value in (("_KEPT", -1), ("_FEW", 1000), ("_BLOCK", 1)):
+        for constant, value in (("_SMALL", 0), ("_KEPT", -1), ("_FEW", 1000), ("_BLOCK", 1)):
             patch.setattr(cpu, constant, value)
         made = []
         patch.setattr(cpu, "_Summed", lambda *args, kind=cpu._Summed: made.append(1) or kind(*args))
@@ -46,7 +46,7 @@ def test_sums_of_few_coefficients_are_the_definition(m, n, count, name, threads)
 def test_many_coefficients_are_the_definition(m, n, count, name, threads):
     spectrum, parts = spectrum_of(name, (m, n), count)
     with pytest.MonkeyPatch.context() as patch:
-        for constant, value in (("_KEPT", -1), ("_FEW", 0), ("_BLOCK", 1)):
+        for constant, value in (("_SMALL", 0), ("_KEPT", -1), ("_FEW", 0), ("_BLOCK", 1)):
             patch.setattr(cpu, constant, value)
         got = cpu.synthesis((m, n), get_transform(name).axis, spectrum, gain=1.0, dtype=np.float64, threads=threads)
     np.testing.assert_allclose(got, definition(name, (m, n), parts), atol=1e-12)
@@ -58,18 +58,21 @@ def test_places_that_repeat_add_in_both_ways(monkeypatch):
     values = np.array([1.0, 2.0, -1.0, 0.5, 0.25])
     spectrum = get_transform("hartley").separable(rows, cols, values, shape)
     want = definition("hartley", shape, (rows, cols, values))
-    for few in (0, 1000):
-        monkeypatch.setattr(cpu, "_KEPT", -1)
+    monkeypatch.setattr(cpu, "_KEPT", -1)
+    for small, few in ((0, 0), (0, 1000), (1 << 20, 0)):
+        monkeypatch.setattr(cpu, "_SMALL", small)
         monkeypatch.setattr(cpu, "_FEW", few)
         got = cpu.synthesis(shape, get_transform("hartley").axis, spectrum, gain=1.0, dtype=np.float64)
         np.testing.assert_allclose(got, want, atol=1e-13)
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20])
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_halves_are_rounded_once(dtype, threads, monkeypatch):
+def test_halves_are_rounded_once(dtype, threads, small, monkeypatch):
     """The sum in float32, rounded to nearest even: within half a step of the exact sum, and bit for bit ours."""
     monkeypatch.setattr(cpu, "_BLOCK", 64)
+    monkeypatch.setattr(cpu, "_SMALL", small)
     shape = (70, 48)
     spectrum, parts = spectrum_of("cosine", shape, 60)
     axis = get_transform("cosine").axis
@@ -83,9 +86,11 @@ def test_halves_are_rounded_once(dtype, threads, monkeypatch):
     assert (np.abs(weight.astype(np.float64) - exact) <= 0.5 * step * np.maximum(np.abs(exact), 2**-6) + 1e-6).all()
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20])
 @pytest.mark.parametrize("layout", ["C", "F", "strided", "reversed"])
-def test_any_layout_is_written_in_place(layout, monkeypatch):
+def test_any_layout_is_written_in_place(layout, small, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK", 64)
+    monkeypatch.setattr(cpu, "_SMALL", small)
     shape = (50, 40)
     spectrum, parts = spectrum_of("hartley", shape, 30)
     whole = {
@@ -131,8 +136,8 @@ shape = (4096, 4096)
 t = get_transform("hartley")
 rows, cols, values = sparse_spectrum(np.random.default_rng(0), shape, 1000)
 weight = np.ones(shape, np.float32)
-small = np.zeros((64, 64), np.float32)
-cpu.add_synthesis(small, t.axis, t.separable(rows % 64, cols % 64, values, (64, 64)), gain=1.0)
+small = np.zeros((2048, 1024), np.float32)
+cpu.add_synthesis(small, t.axis, t.separable(rows % 2048, cols % 1024, values, small.shape), gain=1.0, threads=2)
 open("/proc/self/clear_refs", "w").write("5")
 before = peak()
 cpu.add_synthesis(weight, t.axis, t.separable(rows, cols, values, shape), gain=1.0, threads=2)
@@ -155,6 +160,7 @@ def add_in_a_child(shape, queue):
 def test_a_forked_child_has_threads_of_its_own(monkeypatch):
     """The parent's do not live in the child: to wait for them would be to wait for ever."""
     monkeypatch.setattr(cpu, "_BLOCK", 16)
+    monkeypatch.setattr(cpu, "_SMALL", 0)
     shape = (64, 16)
     spectrum, _ = spectrum_of("hartley", shape, 20)
     want = float(cpu.synthesis(shape, get_transform("hartley").axis, spectrum, gain=1.0, threads=2).sum())
