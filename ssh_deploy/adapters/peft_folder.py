@@ -27,6 +27,7 @@ from ssh_deploy.registry import families, get_family
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_SHARED = "base_model."  # what all modules share, PEFT keeps beside the model
 _TASKS = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm", "FEATURE_EXTRACTION": "feature-extraction"}
 
 
@@ -214,7 +215,8 @@ def write_folder(adapter: Adapter, folder: Path) -> None:
     family = get_family(adapter.family)
     tensors: dict[str, NDArray[Any]] = {}
     for module, delta in adapter.deltas.items():
-        tensors |= {f"{_PREFIX}{name}": t for name, t in family.tensors(module, delta).items()}
+        for name, tensor in family.tensors(module, delta).items():
+            tensors[name if name.startswith(_SHARED) else f"{_PREFIX}{name}"] = tensor
     for module, head in adapter.replaced.items():
         tensors |= {f"{_PREFIX}{module}.{name}": np.ascontiguousarray(t) for name, t in head.tensors.items()}
     task = {v: k for k, v in _TASKS.items()}.get(adapter.task or "")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,20 @@ from numpy.typing import NDArray
 from ssh_deploy.adapters.base import Adapter, AdapterFiles, check_shape
 from ssh_deploy.adapters.peft_folder import adapter_of, by_module, module_shape
 from ssh_deploy.deltas.lowrank import LowRankDelta
-from ssh_deploy.errors import AdapterFileError, AdapterMismatchError
+from ssh_deploy.errors import AdapterFileError
 from ssh_deploy_lowrank.folders import all_of, floats, refuse
 
 _A, _B = "base_model.vera_A", "base_model.vera_B"
 _LAMBDA_B, _LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VeRADelta(LowRankDelta):
+    """The product, and what it was made of: the projections [r, in…], [out…, r] and the module's own λ [out], [r]."""
+
+    projections: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    of_rows: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
+    of_rank: NDArray[Any] = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +48,23 @@ class VeRA:
             )
         shared = floats(str(files.folder), shared)
         deltas = {m: _delta(files, m, parts, shared[_A], shared[_B]) for m, parts in modules.items()}
-        return adapter_of(files, self.name, deltas, rest, {"r": int(shared[_A].shape[0])})
+        key = files.config.get("projection_prng_key")
+        settings = {"r": int(shared[_A].shape[0]), **({"projection_prng_key": key} if type(key) is int else {})}
+        return adapter_of(files, self.name, deltas, rest, settings)
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
-        """Refused: what was read is the products, not the projections they share."""
-        raise AdapterMismatchError(
-            f"{adapter.source}: a VeRA is read, merged and lent to slots, not written.",
-            hint="Copy its folder.",
-        )
+        """See `Family.config`."""
+        return {**adapter.settings, "save_projection": True, "module_shapes": None}
 
-    def tensors(self, module: str, delta: LowRankDelta) -> dict[str, NDArray[Any]]:
-        """Both factors as they stand in ΔW (for comparisons; `config` refuses to write them)."""
-        return {f"{module}.a": delta.a, f"{module}.b": delta.b}
+    def tensors(self, module: str, delta: VeRADelta) -> dict[str, NDArray[Any]]:
+        """See `Family.tensors`; float32; the projections are every module's."""
+        own = {f"{module}.{_LAMBDA_B}": delta.of_rows, f"{module}.{_LAMBDA_D}": delta.of_rank}
+        return {name: np.ascontiguousarray(t, np.float32) for name, t in {**own, **delta.projections}.items()}
 
 
 def _delta(
     files: AdapterFiles, module: str, parts: dict[str, NDArray[Any]], a: NDArray[Any], b: NDArray[Any]
-) -> LowRankDelta:
+) -> VeRADelta:
     where = f"{files.folder}: {module}"
     all_of(where, parts, [_LAMBDA_B, _LAMBDA_D])
     found = floats(where, parts, dims=1)
@@ -68,7 +78,8 @@ def _delta(
             hint="It belongs to another base, or the file is damaged.",
         )
     left, right = of_rows[:, None] * b[:out].astype(np.float32), of_rank[:, None] * a[:, :inn].astype(np.float32)
-    return LowRankDelta(right, left, trained=out + r)
+    projections = {_A: a, _B: b}
+    return VeRADelta(right, left, trained=out + r, projections=projections, of_rows=of_rows, of_rank=of_rank)
 
 
 VERA = VeRA()

@@ -117,11 +117,11 @@ def test_verify_holds_the_merged_checkpoint_against_torch(bases, tmp_path, case)
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.parametrize("case", ["lora", "dora", "loha", "lokr"])
+@pytest.mark.parametrize("case", ["lora", "dora", "loha", "lokr", "vera"])
 def test_written_by_us_it_is_loaded_by_peft(bases, tmp_path, case):
     base = bases("bert")
     want = trained(base, *CASES[case][1:], tmp_path / "a")
-    done = run("convert", tmp_path / "a", "-o", tmp_path / "b", "--to", "peft")
+    done = run("convert", tmp_path / "a", "-o", tmp_path / "b", "--to", "peft", *(("--base", base) * (case == "vera")))
     assert done.exit_code == 0, done.output
     model = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(base), tmp_path / "b").merge_and_unload()
     for name, tensor in model.state_dict().items():

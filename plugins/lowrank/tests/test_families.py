@@ -127,11 +127,11 @@ def test_patterns_choose_rank_and_alpha_as_peft_does(tmp_path):
     assert (deltas["encoder.0.q"].rank, deltas["encoder.0.q"].scaling) == (3, 2.0)
 
 
-@pytest.mark.parametrize("contract", [TestLoRA, TestRankStabilised, TestLoHa, TestLoKr, TestLoKrBoth])
+@pytest.mark.parametrize("contract", [TestLoRA, TestRankStabilised, TestLoHa, TestLoKr, TestLoKrBoth, TestVeRA])
 def test_written_and_read_again_it_is_the_same(tmp_path, contract):
     adapter = read(tmp_path, contract)
     write_folder(adapter, tmp_path / "again")
-    again = read_folder(tmp_path / "again")
+    again = read_folder(tmp_path / "again", shapes=contract.shapes)
     assert again.family == adapter.family
     for module, delta in adapter.deltas.items():
         other = again.deltas[module]
@@ -150,12 +150,6 @@ def test_different_ranks_are_written_as_patterns(tmp_path):
     again = read_folder(tmp_path / "again")
     assert [d.rank for _, d in sorted(again.deltas.items())] == [3, 5]
     assert [d.scaling for _, d in sorted(again.deltas.items())] == pytest.approx([4.0, 2.4], rel=1e-15)
-
-
-def test_a_vera_is_not_written(tmp_path):
-    with pytest.raises(AdapterMismatchError, match="read, merged and lent to slots, not written"):
-        write_folder(read(tmp_path, TestVeRA), tmp_path / "again")
-    assert not (tmp_path / "again").exists()
 
 
 def without(name):

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import Adapter, AdapterFiles, check_finite
 from ssh_deploy.adapters.peft_folder import CONFIG, adapter_of, by_module, number
-from ssh_deploy.errors import AdapterFileError, AdapterMismatchError, DependencyError
+from ssh_deploy.errors import AdapterFileError, DependencyError
 from ssh_deploy_spectral.folders import refuse_biases, seed_of, seeded_spectrum
 from ssh_deploy_spectral.patches import PatchDelta
 
 _SPECTRUM = "waveft_spectrum"
+_NONE = "none"  # the wavelet of a ΔW that is its sparse coefficients
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +59,25 @@ class WaveFT:
                 u, v = (_starts(files, p, n, bank, s) for p, n, s in zip((rows, cols), shape, (0, 1), strict=True))
             # the quarter's column chooses the filter along out, its row the one along in: PEFT's order of bands
             deltas[module] = PatchDelta(shape, values, scaling, (u[0], v[0]), (bank.filters[v[1]], bank.filters[u[1]]))
-        told = {"seed": seed_of(files), "wavelet": files.config.get("wavelet_family") if synthesised else "none"}
+        told = {"seed": seed_of(files), "wavelet": files.config.get("wavelet_family") if synthesised else _NONE}
         return adapter_of(files, self.name, deltas, rest, told)
 
     def config(self, adapter: Adapter) -> dict[str, Any]:
-        """Refused: what was read is patches, not the coefficients' places."""
-        raise AdapterMismatchError(
-            f"{adapter.source}: a WaveFT is read and merged, not written.", hint="Copy its folder."
-        )
+        """See `Family.config`; places follow from the seed, patches from places."""
+        sizes = {module: delta.parameters for module, delta in adapter.deltas.items()}
+        n, wavelet = max(sizes.values()), adapter.settings["wavelet"]
+        scalings = {delta.scaling for delta in adapter.deltas.values() if isinstance(delta, PatchDelta)}
+        return {
+            "n_frequency": n,
+            "n_frequency_pattern": {module: size for module, size in sizes.items() if size != n},
+            "scaling": scalings.pop(),
+            "random_loc_seed": adapter.settings["seed"],
+            "use_idwt": wavelet != _NONE,
+            **({"wavelet_family": wavelet} if wavelet != _NONE else {}),
+        }
 
     def tensors(self, module: str, delta: PatchDelta) -> dict[str, NDArray[Any]]:
-        """See `Family.tensors` (for comparisons; `config` refuses to write them)."""
+        """See `Family.tensors`."""
         return {f"{module}.{_SPECTRUM}": delta.values.astype(np.float32)}
 
 
