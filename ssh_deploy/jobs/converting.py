@@ -127,7 +127,7 @@ def convert_adapter(
         write_folder(adapter, out)
         if adapter.fingerprint is not None:
             notes.append("a PEFT folder has no place for the fingerprint; keep the file, or convert back with --base.")
-    written = read_adapter(out)
+    written = read_adapter(out, shapes={module: delta.shape for module, delta in adapter.deltas.items()})
     return Conversion(
         source=str(source),
         out=str(out),
