@@ -2,8 +2,8 @@
 
 All in one interleaved run, a group for each size: what others have is ΔW alone, ours is added into W. ``ours`` is an
 SSH adapter of n coefficients; ``ours_fourier`` is the very ΔW that PEFT's FourierFT layer makes, from the same places
-and numbers (two separable coefficients each). Both are checked before anything is timed. On CUDA the same deltas go
-through `SpectralDelta.add_to`, whatever that takes there, and a variant ends when the device has.
+and numbers (two separable coefficients each). Both are checked before anything is timed. On a GPU it is
+`bench_transform_cuda`.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ def measure_transform(*, options: TransformOptions | None = None, progress: Prog
     device = chosen_device(options.device)
     torch = _torch()
     bench = Bench("transform", describe_machine(threads=options.threads))
+    if device != "cpu":
+        from ssh_deploy.jobs.bench_transform_cuda import CudaOptions, measure_cuda
+
+        cuda = CudaOptions(options.sizes, options.dtypes, options.coefficients, options.seconds)
+        return measure_cuda(bench, options=cuda, progress=progress)
     threads, before = int(bench.machine["threads"]), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -76,8 +81,7 @@ def measure_transform(*, options: TransformOptions | None = None, progress: Prog
             ours = _ssh(shape, options.coefficients)
             _check(ours, fourier, peft)
             for dtype in options.dtypes:
-                make = _cpu_variants if device == "cpu" else _cuda_variants
-                variants = make(ours, fourier, dtype, peft, threads)
+                variants = _cpu_variants(ours, fourier, dtype, peft, threads)
                 stage = f"{shape[0]}x{shape[1]} {dtype}"
                 settle = {name: _settled(variant) for name, variant in variants.items()}
                 timed = interleaved(
@@ -214,29 +218,6 @@ def _cpu_variants(
         return fft.ifft2(_spectrum(fourier), workers=threads).real * np.float32(_SCALING)
 
     return variants | {"scipy": through_scipy}
-
-
-def _cuda_variants(
-    ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], Tensor], threads: int
-) -> dict[str, Variant]:
-    del threads
-    torch = _torch()
-    weight = torch.randn(ours.shape, device="cuda").to(getattr(torch, dtype))
-    copy = weight.clone()
-
-    def done(work: Callable[[], object]) -> Variant:
-        def run(_: int) -> None:
-            work()
-            torch.cuda.synchronize()
-
-        return run
-
-    return {
-        "ours": done(lambda: ours.add_to(weight)),
-        "memcpy": done(lambda: copy.copy_(weight)),
-        "ours_fourier": done(lambda: fourier.add_to(weight)),
-        "peft": done(lambda: peft("cuda")),
-    }
 
 
 def _torch() -> Any:

@@ -30,7 +30,6 @@ from ssh_deploy.transforms.device import add_on_device
 if TYPE_CHECKING:
     import torch
 
-COLUMNS = ("shape", "dtype", "variant", "ms", "ratio", "low", "high", "bandwidth_share", "error", "rounds")
 #: query and value of LLaMA-3.1-8B.
 LAYERS_8B = ((4096, 4096, 32), (1024, 4096, 32))
 #: Other tiles for bfloat16 at 4096², each tried once: `tile_of` says which one is used.
@@ -154,9 +153,15 @@ def _measure_size(
     )
     name = f"{shape[0]}x{shape[1]}"
     for variant, one in timed.items():
-        row: dict[str, Any] = {"shape": name, "dtype": str(dtype).removeprefix("torch."), "variant": variant}
+        row: dict[str, Any] = {
+            "device": options.device,
+            "shape": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "variant": variant,
+        }
         row |= {key: value for key, value in one.as_dict().items() if key != "name"}
         row["ms"] = round(one.ms / (_PASSES * copies), 5)
+        row["over_memcpy"] = round(one.ratio / timed["copy"].ratio, 4)
         row["bandwidth_share"] = round(timed["copy"].ms / one.ms, 4)
         bench.results.append(row | ({"error": error} if variant == "fused" else {}))
     if dtype == torch.bfloat16 and shape[0] == shape[1]:
