@@ -9,13 +9,14 @@ from layer_graphs import Case, graph_of, layer, tokens
 
 from ssh_deploy.errors import GraphError, SlotError
 from ssh_deploy.graph.bank_file import stack_rows
-from ssh_deploy.graph.lowering.spectral import backward_factors
+from ssh_deploy.graph.lowering import spectral
+from ssh_deploy.graph.lowering.spectral import backward_factors, composed
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Plan, add_slots
 from ssh_deploy.transforms import get_transform
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     n_out=st.sampled_from([1, 2, 7, 13, 24, 31, 36, 64]),
     n_in=st.sampled_from([1, 2, 5, 12, 17, 24, 49, 96]),
@@ -25,10 +26,13 @@ from ssh_deploy.transforms import get_transform
     batch=st.integers(1, 3),
     length=st.integers(1, 6),
     past=st.booleans(),
+    dense=st.sampled_from([0, 256]),
 )
-def test_any_shape_is_the_definition(n_out, n_in, transform, dtype, n, batch, length, past):
+def test_any_shape_is_the_definition(n_out, n_in, transform, dtype, n, batch, length, past, dense):
     kind = "cosine" if transform == "cosine" else "hartley"
-    case = Case({"a": layer(n_out, n_in)}, kinds=(kind,), dtype=dtype, past=past)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectral, "_DENSE", dense)
+        case = Case({"a": layer(n_out, n_in)}, kinds=(kind,), dtype=dtype, past=past)
     adapter = case.adapter(n, n=n, transform=transform)
     x = tokens(case, batch, length)
     for got, want in zip(case.run(x, **case.feeds(adapter)), case.want(adapter, x, dtype=dtype), strict=True):
@@ -195,3 +199,14 @@ def test_scores_between_activations_are_no_sites():
     scopes = {"pkg.torch.onnx.name_scopes": str(["", "model", "model.q", "matmul"])}
     model.graph.append(ir.node("MatMul", [x, model.graph.outputs[0]], metadata_props=scopes))
     assert {m: len(c) for m, c in by_module(find_calls(model.graph)).items()} == {"q": 1}
+
+
+@pytest.mark.parametrize(("axis", "n"), [("hartley", 24), ("hartley", 13), ("cosine", 36), ("cosine", 7)])
+def test_the_composed_matrix_is_the_way_back_of_prefix_sums(axis, n):
+    transform = get_transform(axis).axis
+    stages, (_, order) = transform.two_stage(n), transform.output_order(n)
+    t = np.random.default_rng(0).normal(size=n)  # in the stages' order
+    sums = np.append(0, np.cumsum(t))
+    blocks, width, _ = stages.second.shape
+    windows = np.concatenate([sums[width * block : width * (block + 1) + 1] for block in range(blocks)])
+    np.testing.assert_allclose(windows @ composed(stages), transform.matrix(n).T @ t[order], atol=1e-12)

@@ -50,6 +50,8 @@ from ssh_deploy.transforms import get_transform
 from ssh_deploy.transforms.base import TwoStage
 
 INT32, INT64, FLOAT = np.int32, np.int64, np.float32
+#: Widest transform of single tokens that is one product: its matrix is read in the time of the nodes that it saves.
+_DENSE = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -289,8 +291,11 @@ def _backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
 
 
 def _backward_together(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
-    """Fᵀ t for prefix rows [1, blocks, width+1, batch, tokens] of t, as [batch·tokens, .., ..]."""
+    """Fᵀ t for prefix rows [1, blocks, width+1, batch, tokens] of t, as [batch·tokens, n] or with n taken apart."""
     blocks, width, _ = stages.second.shape
+    if stages.n <= _DENSE:
+        rows = emitter.op("Reshape", prefix, emitter.ints(blocks * (width + 1), -1))
+        return emitter.op("MatMul", emitter.op("Transpose", rows, perm=[1, 0]), emitter.const(composed(stages), FLOAT))
     second, first = backward_factors(stages)
     y = emitter.op("Reshape", prefix, emitter.ints(blocks, width + 1, -1))
     y = emitter.op("MatMul", emitter.const(second, FLOAT), y)
@@ -301,6 +306,20 @@ def _backward_together(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> 
         y = emitter.op("Reshape", y, emitter.ints(-1, stages.n))
         y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=1)
     return y
+
+
+def composed(stages: TwoStage) -> NDArray[np.float64]:
+    """What `_backward_together` makes of prefix rows, as one matrix f64 [blocks·(width+1), n]: y = Pᵀ times it."""
+    second, first = backward_factors(stages)
+    blocks, width, _ = stages.second.shape
+    dense = second[0].T
+    if stages.p > 1:
+        apart = np.zeros((2, blocks, stages.q, blocks, width + 1))  # each block reads its own window
+        for block in range(blocks):
+            apart[:, block, :, block] = second[:, block]
+        apart = apart.reshape(stages.p, stages.q, -1)
+        dense = np.einsum("op,pqr->roq", first, apart).reshape(-1, stages.n)
+    return dense if stages.permutation is None else dense[:, np.argsort(stages.permutation)]
 
 
 def differenced(stages: TwoStage) -> NDArray[np.float64]:
