@@ -19,9 +19,10 @@ from safetensors.numpy import save_file
 
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.peft_folder import write_folder
-from ssh_deploy.checkpoints import whole, writer
+from ssh_deploy.checkpoints import resumable, whole, writer
 from ssh_deploy.checkpoints.index import INDEX
-from ssh_deploy.errors import OutputError
+from ssh_deploy.errors import CheckpointError, OutputError
+from ssh_deploy.jobs.merge_plan import MergeOptions, plan_merge
 from ssh_deploy.jobs.merging import merge_adapters
 from ssh_deploy.testing import random_adapter
 
@@ -79,9 +80,10 @@ def test_merging_onto_the_base_itself(pico, adapter, tmp_path):
 def test_too_little_space_is_known_before_anything_is_written(pico, adapter, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(whole.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    monkeypatch.setattr(whole.tempfile, "mkdtemp", lambda **_: pytest.fail("something was written"))
+    monkeypatch.setattr(resumable, "Partial", lambda *_: pytest.fail("something was written"))
     with pytest.raises(OutputError, match=r"[\d,]+ bytes are needed, 1,000 are free\.\n.*Free some space"):
         merge_adapters(pico("bert"), [adapter], tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 @pytest.mark.parametrize("call", ["copy_file_range", "pwrite", "fsync"])
@@ -129,46 +131,169 @@ def test_an_error_in_the_middle_leaves_nothing(pico, tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """A base of 384 MB in 24 shards."""
+    """A base of 200 MB in 24 shards."""
     base = tmp_path_factory.mktemp("large") / "base"
     base.mkdir()
     (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    block = np.random.default_rng(0).normal(size=(2048, 4096)).astype(ml_dtypes.bfloat16)
+    block = np.random.default_rng(0).normal(size=(2048, 2048)).astype(ml_dtypes.bfloat16)
     places = {}
     for number in range(24):
         name = f"model.layers.{number}.mlp.up_proj.weight"
         places[name] = f"model-{number:05}.safetensors"
         save_file({name: block}, base / places[name])
     (base / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    modules = {name.removesuffix(".weight"): (2048, 4096) for name in places}
+    modules = {name.removesuffix(".weight"): (2048, 2048) for name in places}
     write_file(random_adapter(modules, n=100), base.parent / "a.safetensors")
     yield base
     shutil.rmtree(base)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle(large, tmp_path, how):
-    """kill -9 leaves no OUT; Ctrl-C leaves nothing at all. The same command then succeeds."""
-    words = [sys.executable, "-c", MERGE, str(large), str(large.parent / "a.safetensors"), "-o", str(tmp_path / "out")]
+def words_of(large, out, *more):
+    return [sys.executable, "-c", MERGE, str(large), str(large.parent / "a.safetensors"), "-o", str(out), *more]
+
+
+def start(large, out, *more):
+    """The command as a process of its own, stopped after a few shards."""
     # a shell's background jobs ignore Ctrl-C, and so would a child of tests that run as one
     awake = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=awake)
+    process = subprocess.Popen(
+        words_of(large, out, *more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=awake
+    )
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob(".out.partial-*/*.safetensors"))) < 5:
+    while len(finished(out.parent, out.name)) < 3:
         assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
+    return process
+
+
+def end(process, how):
     process.send_signal(how)
     process.send_signal(signal.SIGCONT)
     assert process.wait(60) != 0
+
+
+def finished(parent, name="out"):
+    """Names in the journals of cut-short runs."""
+    lines = [line for p in parent.glob(f".{name}.partial-*/.journal") for line in p.read_text().split("\n")[:-1]]
+    return [json.loads(line)["name"] for line in lines]
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing(large, tmp_path):
+    end(start(large, tmp_path / "out"), signal.SIGINT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_in_the_middle_goes_on(large, tmp_path):
+    """kill -9 leaves no OUT; another command ignores what it left; the same one finishes it, to the same bytes."""
+    adapters = [str(large.parent / "a.safetensors")]
+    whole_report = merge_adapters(large, adapters, tmp_path / "whole")
+    end(start(large, tmp_path / "out"), signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    assert bool(list(tmp_path.glob(".out.partial-*"))) == (how == signal.SIGKILL)
-    if how == signal.SIGKILL:
-        report = merge_adapters(large, [str(large.parent / "a.safetensors")], tmp_path / "out")
-        assert len(report.sites) == 24
-        assert (tmp_path / "out" / INDEX).exists()
+    done = finished(tmp_path)
+    assert 3 <= len(done) < 24
+    left = next(tmp_path.glob(".out.partial-*"))
+    other = merge_adapters(large, adapters, tmp_path / "out", weights=[0.5])
+    assert other.resumed == ()
+    assert left.is_dir()
+    shutil.rmtree(tmp_path / "out")
+    stamps = {name: (left / name).stat().st_mtime_ns for name in done}
+    with (left / ".journal").open("ab") as journal:
+        journal.write(b'{"name": "model-00023.safet')  # torn by the kill
+    report = merge_adapters(large, adapters, tmp_path / "out", jobs=1)
+    assert set(report.resumed) == set(done)
+    assert any(f"{len(done)} shards were there" in note for note in report.notes)
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == stamps
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert (report.sites, report.survival) == (whole_report.sites, whole_report.survival)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_fresh_begins_anew(large, tmp_path):
+    end(start(large, tmp_path / "out"), signal.SIGKILL)
+    report = merge_adapters(large, [str(large.parent / "a.safetensors")], tmp_path / "out", fresh=True)
+    assert report.resumed == ()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_same_command_twice_at_once(large, tmp_path):
+    process = start(large, tmp_path / "out")
+    try:
+        with pytest.raises(OutputError, match="the same command is running already"):
+            merge_adapters(large, [str(large.parent / "a.safetensors")], tmp_path / "out")
+        assert len(finished(tmp_path)) >= 3  # and its work is left alone
+    finally:
+        end(process, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("harm", ["shorter", "missing", "nonsense"])
+def test_a_finished_shard_that_is_no_more_is_written_again(large, tmp_path, harm):
+    end(start(large, tmp_path / "out"), signal.SIGKILL)
+    left = next(tmp_path.glob(".out.partial-*"))
+    first = finished(tmp_path)[0]
+    if harm == "shorter":
+        with (left / first).open("r+b") as file:
+            file.truncate(1000)
+    elif harm == "missing":
+        (left / first).unlink()
+    else:
+        (left / ".journal").write_bytes(b'{"name": "../a.safetensors", "bytes": 1, "tallies": {}}\n')
+    adapters = [str(large.parent / "a.safetensors")]
+    report = merge_adapters(large, adapters, tmp_path / "out")
+    assert report.resumed == ()  # nothing behind a wrong line counts
+    for number in (0, 23):
+        name = f"model-{number:05}.safetensors"
+        assert (tmp_path / "out" / name).stat().st_size == (large / name).stat().st_size
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "shrunk"])
+def test_a_shard_that_changes_while_it_is_read(tmp_path, how):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    block = np.random.default_rng(0).normal(size=(512, 512)).astype(ml_dtypes.bfloat16)
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(4)]
+    path = base / "model.safetensors"
+    save_file(dict.fromkeys(names, block), path)
+    write_file(random_adapter({n.removesuffix(".weight"): (512, 512) for n in names}), tmp_path / "a.safetensors")
+    changed = []
+
+    def change(*_):
+        if changed:
+            return
+        changed.append(how)
+        if how == "replaced":
+            shutil.copy(path, base / "new")
+            (base / "new").replace(path)
+        elif how == "written":
+            with path.open("r+b") as file:
+                file.seek(-2, 2)
+                file.write(b"xy")
+            os.utime(path)
+        else:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size // 2)
+
+    with pytest.raises(CheckpointError, match=r"changed while it was read|became shorter while it was read"):
+        merge_adapters(base, [str(tmp_path / "a.safetensors")], tmp_path / "out", progress=change)
+    assert changed
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "base"]
+
+
+def test_a_base_that_changed_is_another_merge(large, tmp_path):
+    """What was finished of the base as it was does not become part of a merge of what it is now."""
+    base = shutil.copytree(large, tmp_path / "base")
+    adapters = [str(large.parent / "a.safetensors")]
+    before = plan_merge(base, adapters, MergeOptions()).key
+    assert plan_merge(base, adapters, MergeOptions(jobs=1, fresh=True)).key == before
+    os.utime(base / "model-00003.safetensors")
+    assert plan_merge(base, adapters, MergeOptions()).key != before
 
 
 @pytest.mark.parametrize("code", [errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS])
