@@ -191,3 +191,72 @@ def decoder_training_table() -> str:
         "Held-out answers that share no line with training. Reproduce: `python examples/train_decoder_adapters.py`.",
     ]
     return "\n".join(lines)
+
+
+def decode_table() -> str:
+    """What `ssh-deploy bench decode` measured: times of a token beside the plain model, by precision of the base."""
+    found = results("bench_decode")
+    rows = [row for row in found["results"] if "ratio" in row]
+    titles = {
+        (1, "off"): "no adapter (bit-identical), one row",
+        (1, "on"): "an adapter on query and value, one row",
+        (1, "on_all7"): "an adapter on all seven matrices, one row",
+        (8, "on"): "eight rows, each its own adapter",
+        (1, "on_lora"): "LoRA r = 16 on query and value, one row",
+        (8, "on_lora"): "eight rows, each its own LoRA r = 16",
+    }
+    shown = list(dict.fromkeys(row["precision"] for row in rows))
+    head = ["time of a token / plain model's", *(f"{name} base" for name in shown)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * len(shown)]
+    for (many, variant), title in titles.items():
+        cells = []
+        for precision in shown:
+            wanted = (precision, variant, many)
+            row = next((r for r in rows if (r["precision"], r["variant"], r["rows"]) == wanted), None)
+            cells.append("" if row is None else f"{row['ratio']:.3f} ± {(row['high'] - row['low']) / 2:.3f}")
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    summary, said = found["summary"], []
+    if "mixed8_speedup" in summary:
+        said.append(f"Eight rows at once write {summary['mixed8_speedup']:.1f}× the tokens of one after another.")
+    if "rss_ratio" in summary:
+        said.append(f"Eight adapters take {summary['rss_ratio']:.3f} of the base's peak memory.")
+    if "peft_speedup" in summary:
+        said.append(f"PEFT in torch takes {summary['peft_speedup']:.1f}× the time of a token with an adapter.")
+    said.append("SmolLM2-135M's shape, two CPU cores. Reproduce: `ssh-deploy bench decode` (± half of the 95 % interval).")
+    return "\n".join([*lines, "", " ".join(said)])
+
+
+def transform_table() -> str:
+    """What `ssh-deploy bench transform` measured: W += ΔW beside those who make ΔW alone."""
+    found = results("bench_transform")
+    titles = {
+        "ours": "W += ΔW, SSH", "ours_fourier": "W += ΔW, FourierFT", "memcpy": "a copy of W",
+        "peft": "ΔW, PEFT's FourierFT", "torch_fft": "ΔW, torch.fft", "scipy": "ΔW, scipy.fft",
+    }  # fmt: skip
+    rows = {(row["shape"], row["variant"]): row for row in found["results"] if row["dtype"] == "float32"}
+    shapes = list(dict.fromkeys(shape for shape, _ in rows))
+    lines = ["| ms, float32 | " + " | ".join(shape.replace("x", " × ") for shape in shapes) + " |"]
+    lines.append("|---|" + "--:|" * len(shapes))
+    for variant, title in titles.items():
+        lines.append(f"| {title} | " + " | ".join(f"{rows[shape, variant]['ms']:.2f}" for shape in shapes) + " |")
+    threads = found["machine"]["threads"]
+    said = f"1,000 coefficients, {threads} threads, one interleaved run. Reproduce: `ssh-deploy bench transform`."
+    return "\n".join([*lines, "", said])
+
+
+def merge_table() -> str:
+    """What `ssh-deploy bench merge` measured: a merge beside a copy and beside PEFT."""
+    found = results("bench_merge")
+    titles = {"merge": "`ssh-deploy merge`", "cp + sync": "`cp -r`, `sync -f`", "peft": "PEFT, in memory"}
+    lines = ["| bf16 checkpoint | | seconds | own memory, MB | all memory, MB |", "|--:|---|--:|--:|--:|"]
+    for row in found["results"]:
+        if row["variant"] in titles:
+            numbers = f"{row['seconds']:.1f} | {row['anonymous_mb']:,.0f} | {row['peak_mb']:,.0f}"
+            lines.append(f"| {row['gigabytes']:g} GB | {titles[row['variant']]} | {numbers} |")
+    summary = found["summary"]
+    said = (
+        f"Query and value of every layer of a LLaMA-3.1-8B shape, until all is on the disk: "
+        f"{summary['over_cp']:.2f} of the time of a copy and the transforms, {summary['speedup_vs_peft']:.1f} times "
+        f"as fast as PEFT from behind its imports. Reproduce: `ssh-deploy bench merge --gigabytes 4`."
+    )
+    return "\n".join([*lines, "", said])
