@@ -37,13 +37,17 @@ def synthesis_torch(
     device: torch.device | str,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``gain · factor · F_Mᵀ S F_N`` [M, N] on ``device``, in ``dtype`` (None: float32).
+    """``gain · factor · F_Mᵀ S F_N`` [M, N] on ``device``, in ``dtype`` (None: float32); here where it has no room.
 
     Computed in float64 for ``dtype=float64`` and in float32 otherwise, rounded once; halfs where `fused` is that.
     """
     import torch
 
-    out = torch.zeros(shape, dtype=dtype or torch.float32, device=device)
+    try:
+        out = torch.zeros(shape, dtype=dtype or torch.float32, device=device)
+    except torch.OutOfMemoryError:
+        log.warning("%s is out of memory: a %d×%d matrix is made on the CPU.", device, *shape)
+        out = torch.zeros(shape, dtype=dtype or torch.float32)
     add_on_device([out], [Addend(axis, spectrum, gain)])
     return out
 
@@ -93,7 +97,9 @@ def _add_fused(pairs: Sequence[tuple[torch.Tensor, Addend]]) -> None:
 
     weight = pairs[0][0]
     try:
-        batch = prepare((weight.shape[0], weight.shape[1]), [a for _, a in pairs], device=weight.device, dtype=weight.dtype)
+        batch = prepare(
+            (weight.shape[0], weight.shape[1]), [a for _, a in pairs], device=weight.device, dtype=weight.dtype
+        )
     except torch.OutOfMemoryError:
         if len(pairs) == 1:
             _add_on_cpu(*pairs[0])

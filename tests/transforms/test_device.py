@@ -118,6 +118,23 @@ def test_the_plain_way_falls_back_too(caplog, monkeypatch):
     assert "summed on the CPU" in caplog.text
 
 
+def test_a_device_without_room_for_the_result(caplog, monkeypatch):
+    """What merges ask for: ΔW of its own, from the CPU then."""
+    zeros = torch.zeros
+
+    def narrow(*args, device=None, **kwargs):
+        if device == "cuda":
+            raise torch.OutOfMemoryError("no room")
+        return zeros(*args, device=device, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", narrow)
+    _, (addend,), (want,) = problem((33, 20), 1)
+    delta = device.synthesis_torch((33, 20), addend.axis, addend.spectrum, gain=addend.gain, device="cuda")
+    assert delta.device.type == "cpu"
+    np.testing.assert_allclose(1 + delta.double().numpy(), want, atol=1e-5)
+    assert "cuda is out of memory: a 33×20 matrix is made on the CPU" in caplog.text
+
+
 @needs_triton
 def test_large_stages_are_summed_in_parts(fuses, monkeypatch):
     monkeypatch.setattr(device, "_AT_ONCE", 4 * 20 * 20 * 2)  # two stages of 20 rows
