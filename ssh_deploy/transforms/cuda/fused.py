@@ -95,8 +95,8 @@ def oriented(weight: torch.Tensor) -> torch.Tensor:
 def tile_of(m: int, dtype: torch.dtype) -> Tile:
     """The tile for matrices of ``m`` rows, a multiple of 16: p near √m, as many columns as the registers hold.
 
-    With 8 warps of 128 registers two programs share a multiprocessor, and one loads while the other multiplies
-    (compiled for sm_90: no spills).
+    For bfloat16, 8 warps of 128 registers (as compiled for sm_90, no spills): two programs share a multiprocessor,
+    and one loads while the other multiplies.
     """
     import torch
 
