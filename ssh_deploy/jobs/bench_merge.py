@@ -134,10 +134,10 @@ def check_merged(base: SyntheticBase, out: Path) -> None:
         if delta is None:
             right = bool(np.array_equal(_bits(old), _bits(new)))
         else:
-            rows = slice(0, min(256, old.shape[0]))  # of a matrix: the definition is slow
+            rows = np.r_[:128, old.shape[0] - 128 : old.shape[0]]  # its first and its last: float64 is slow
             axis, whole = delta.axis, np.zeros(delta.shape)
             whole[delta.rows, delta.cols] = delta.values
-            exact = delta.gain * axis.inverse_cpu(axis.inverse_cpu(whole, 0)[rows].copy(), 1)
+            exact = delta.gain * axis.inverse_cpu(axis.inverse_cpu(whole, 0)[rows], 1)
             want = old[rows].astype(np.float64) + exact
             off = np.abs(new[rows].astype(np.float64) - want) > 2.0**-8 * np.abs(want) + 1e-7  # half a step of bf16
             other = np.count_nonzero(new[rows] != want.astype(new.dtype))  # float32 is another side of a few ties

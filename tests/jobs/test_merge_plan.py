@@ -1,6 +1,7 @@
 """The plan of a merge: what it says before anything is written, and that what is written is that."""
 
 import json
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -9,11 +10,14 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 from ssh_deploy.adapters.file import write_file
+from ssh_deploy.adapters.reading import read_adapter
 from ssh_deploy.checkpoints.index import INDEX
 from ssh_deploy.cli.main import main
+from ssh_deploy.jobs import merging
 from ssh_deploy.jobs.merge_plan import MergeOptions, plan_merge
 from ssh_deploy.jobs.merging import merge_adapters
 from ssh_deploy.testing import random_adapter
+from ssh_deploy.transforms import cpu, reference
 
 
 @pytest.fixture
@@ -59,6 +63,33 @@ def test_jobs_make_no_difference(sharded, tmp_path, dtype):
     one, two, eight = ({p.name: p.read_bytes() for p in (tmp_path / f"{j}").iterdir()} for j in (1, 2, 8))
     assert one == two == eight
     assert reports[0].sites == reports[1].sites == reports[2].sites
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_many_blocks_are_the_definition_rounded_once(sharded, tmp_path, monkeypatch, jobs):
+    """Blocks of 16 rows, by two threads where there is one job: every one in its place."""
+    monkeypatch.setattr(cpu, "_BLOCK", 1)
+    monkeypatch.setattr("ssh_deploy.jobs.merge_plan.cores", lambda: 2)
+    base, path = sharded
+    merge_adapters(base, [path], tmp_path / "out", jobs=jobs)
+    for module, delta in read_adapter(Path(path)).deltas.items():
+        shard = f"{module.split('.')[2]}.safetensors"
+        before, after = (load_file(f / shard)[f"{module}.weight"] for f in (base, tmp_path / "out"))
+        places = (delta.rows, delta.cols, delta.values)
+        exact = reference.delta("hartley", *places, delta.shape, alpha=delta.alpha, norm="backward")
+        want = (before.astype(np.float64) + exact).astype(ml_dtypes.bfloat16)
+        assert np.count_nonzero(after != want) <= 2  # ties that float32 takes for another side
+        assert np.count_nonzero(after != before) > 0.5 * before.size
+
+
+def test_whoever_writes_on_after_an_error_is_stopped():
+    told = []
+    count = merging._Count(10, lambda *step: told.append(step), 2)
+    count(3)
+    count.stopped = True
+    with pytest.raises(merging._StoppedError):
+        count(3)
+    assert told == [("merge", 5, 10)]
 
 
 def test_an_error_in_one_shard_ends_the_others(sharded, tmp_path):
