@@ -1,6 +1,9 @@
 """`merge`, `inspect` and `convert` on the command line: words in, words or JSON out, exit statuses."""
 
+import io
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from safetensors.numpy import load_file
 
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.cli.main import main
+from ssh_deploy.cli.output import progress_bar
 from ssh_deploy.testing import random_adapter
 
 SITE = "bert.encoder.layer.0.attention.self.query"
@@ -113,3 +117,23 @@ def test_convert_there_and_back(pico, adapters, tmp_path):
     again = run(*words)
     assert again.exit_code == 1
     assert "exists already" in again.output
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(("unit", "told"), [("bytes", True), ("", False)])
+def test_progress_tells_bytes_their_rate_and_the_time_left(monkeypatch, unit, told):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress_bar(False, unit=unit) as progress:
+        for done in range(6):
+            progress("merge", done * 1_000_000, 10_000_000)
+            time.sleep(0.05)
+    drawn = sys.stderr.getvalue()
+    assert "50%" in drawn
+    assert "-:--:--" in drawn or "0:00:0" in drawn
+    assert ("5.0/10.0 MB" in drawn) == told
+    assert ("/s" in drawn) == told
