@@ -126,6 +126,8 @@ def bank_table() -> str:
 
 def family_accuracy_table() -> str:
     """What `examples/family_accuracy.py` measured: four families on three tasks, in four ways of deploying each."""
+    if not (ROOT / "examples" / "results" / "family_accuracy.json").exists():
+        return "(not measured yet)"
     found = results("family_accuracy")
     titles = {"ssh": "SSH", "fourierft": "FourierFT", "sdctft": "sDCTFT", "lora": "LoRA r = 8"}
     lines = [
@@ -222,7 +224,8 @@ def decode_table() -> str:
         said.append(f"Eight adapters take {summary['rss_ratio']:.3f} of the base's peak memory.")
     if "peft_speedup" in summary:
         said.append(f"PEFT in torch takes {summary['peft_speedup']:.1f}× the time of a token with an adapter.")
-    said.append("SmolLM2-135M's shape, two CPU cores. Reproduce: `ssh-deploy bench decode` (± half of the 95 % interval).")
+    said.append("SmolLM2-135M's shape, two CPU cores.")
+    said.append("Reproduce: `ssh-deploy bench decode` (± half of the 95 % interval).")
     return "\n".join([*lines, "", " ".join(said)])
 
 

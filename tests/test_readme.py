@@ -89,6 +89,10 @@ def test_the_shown_commands_and_code_of_language_models_run(readme, decoder, tmp
     for line in commands:
         done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-    code = re.search(r"```python\n(.*?)```", section, flags=re.S)[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    codes = re.findall(r"```python\n(.*?)```", section, flags=re.S)
+    assert len(codes) == 2
+    codes[1] += "same = AutoModelForCausalLM.from_pretrained('SmolLM2-135M-Instruct').state_dict()\n"
+    codes[1] += "assert all(bool((same[k] == v).all()) for k, v in model.state_dict().items())\n"
+    for code in codes:
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

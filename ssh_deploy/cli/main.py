@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("ssh_deploy.cli.run", "Answer texts with an exported folder, each with its own adapter."),
     "verify": ("ssh_deploy.cli.verify", "Compare torch with a merged checkpoint or an exported folder."),
     "plugins": ("ssh_deploy.cli.plugins", "List families of adapters, where they come from, what they can do."),
-    "bench": ("ssh_deploy.cli.bench", "Measure a bank of adapters, beside the plain model and LoRA."),
+    "bench": ("ssh_deploy.cli.bench", "Measure banks, decoding, transforms and merges beside their peers."),
 }
 
 
