@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every check and every test: set-up, style, types, floors, README, then pytest. Arguments go to pytest.
+# Every check and every test: set-up, style, types, floors, README, then pytest, files shared out over two processes.
+# Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source examples/setup.sh
@@ -10,4 +11,5 @@ bin=.venv/bin
 "$bin/mypy"
 "$bin/lint-imports"
 "$bin/cog" --check -r -I tests README.md
-exec "$bin/python" -m pytest "$@"
+# one thread each for torch: two processes with two threads each take longer
+OMP_NUM_THREADS=1 exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
