@@ -121,12 +121,12 @@ def exact_product(delta: Delta) -> LowRankDelta | None:
     """
     if isinstance(delta, LowRankDelta):
         return delta
-    return delta.product() if isinstance(delta, FormulaDelta) and is_thin(delta) else None
+    return delta.product() if isinstance(delta, FormulaDelta) and is_thin(delta, delta.shape) else None
 
 
-def is_thin(delta: FormulaDelta) -> bool:
-    """Whether `exact_product` of ``delta`` is one."""
-    (out, inn), rank = delta.shape, delta.product_rank
+def is_thin(delta: FormulaDelta, shape: tuple[int, int]) -> bool:
+    """Whether `exact_product` of ``delta``, of a weight of ``shape``, is one."""
+    (out, inn), rank = shape, delta.product_rank
     return rank is not None and rank * (out + inn) <= out * inn
 
 

@@ -130,7 +130,7 @@ def slot_kind(where: str, delta: Delta) -> str:
         return delta.axis.name
     if isinstance(delta, LowRankDelta | SparseDelta | DiagonalDelta | ReflectionDelta):
         return delta.kind
-    if isinstance(delta, FormulaDelta) and is_thin(delta):
+    if isinstance(delta, FormulaDelta) and is_thin(delta, delta.shape):
         return "lowrank"
     why = "it is neither a sparse spectrum nor a product of two thin matrices nor values at a few places"
     if isinstance(delta, RelativeDelta):

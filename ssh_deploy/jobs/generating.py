@@ -68,7 +68,8 @@ def generate_texts(
     memory: int | str = DEFAULT_MEMORY,
     rows: int = 32,
     said: Said | None = None,
-    **widths: int | None,
+    max_coefficients: int | None = None,
+    max_rank: int | None = None,
 ) -> GenerateReport:
     """Open ``folder`` and go on from ``prompts``, all in one batch.
 
@@ -85,7 +86,8 @@ def generate_texts(
         memory: that resident adapters may take.
         rows: most prompts at a time.
         said: told each prompt's text as it comes; a later prompt's when those before it have ended.
-        widths: ``max_coefficients`` and ``max_rank`` of `Deployment.open`.
+        max_coefficients: of `Deployment.open`.
+        max_rank: likewise.
 
     Raises:
         DeploymentError: no prompts, an empty or too long one, a folder of another task, as many adapters as there are
@@ -97,7 +99,9 @@ def generate_texts(
     names = spread(adapters, len(prompts))
     begun = time.perf_counter()
     with (
-        Deployment.open(folder, threads=threads, memory=memory, **widths) as deployment,
+        Deployment.open(
+            folder, threads=threads, memory=memory, max_coefficients=max_coefficients, max_rank=max_rank
+        ) as deployment,
         deployment.generator(rows=rows) as generator,
     ):
         for name, path in loads:

@@ -102,8 +102,9 @@ def answer_texts(
         raise DeploymentError("There is no text to answer.", hint="Give --text TEXT, or lines with --stdin.")
     names = spread(adapters, len(texts))
     begun = time.perf_counter()
-    widths = {"max_coefficients": max_coefficients, "max_rank": max_rank}
-    with Deployment.open(folder, threads=threads, memory=memory, **widths) as deployment:
+    with Deployment.open(
+        folder, threads=threads, memory=memory, max_coefficients=max_coefficients, max_rank=max_rank
+    ) as deployment:
         for name, path in loads:
             deployment.load(name, path)
         opened = time.perf_counter()
@@ -129,13 +130,17 @@ def spread(adapters: Sequence[str | None], texts: int) -> list[str | None]:
     return list(adapters) if len(adapters) == texts else list(adapters or [None]) * texts
 
 
-def measure_fit(folder: str | Path, *, memory: int | str, **widths: int | None) -> HowManyFit:
+def measure_fit(
+    folder: str | Path, *, memory: int | str, max_coefficients: int | None = None, max_rank: int | None = None
+) -> HowManyFit:
     """How many adapters ``memory`` holds when ``folder`` is served with it; what `--how-many-fit` prints.
 
-    ``widths``: ``max_coefficients`` and ``max_rank`` of `Deployment.open`.
+    ``max_coefficients`` and ``max_rank``: of `Deployment.open`.
 
     Raises:
         DeploymentError: no exported folder, or less memory than one adapter takes.
     """
-    with Deployment.open(folder, threads=1, memory=memory, **widths) as deployment:
+    with Deployment.open(
+        folder, threads=1, memory=memory, max_coefficients=max_coefficients, max_rank=max_rank
+    ) as deployment:
         return deployment.how_many_fit()
