@@ -88,10 +88,7 @@ def test_committed_results_say_what_was_run(root, committed):
         assert row["file"]["test_merged"] == pytest.approx(row["file"]["test_after_f16"], rel=1e-3)
 
 
-OWED = {"pirate": pytest.mark.xfail(strict=True, reason="LoRA is still being trained")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OWED.get(name, ())) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_lora_on_the_same_matrices_in_as_many_steps(committed, name):
     ssh, lora = (committed["adapters"][name][method] for method in ("ssh", "lora"))
     assert ssh["parameters"] * 10 < lora["parameters"]
