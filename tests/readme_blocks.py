@@ -126,8 +126,6 @@ def bank_table() -> str:
 
 def family_accuracy_table() -> str:
     """What `examples/family_accuracy.py` measured: four families on three tasks, in four ways of deploying each."""
-    if not (ROOT / "examples" / "results" / "family_accuracy.json").exists():
-        return "(not measured yet)"
     found = results("family_accuracy")
     titles = {"ssh": "SSH", "fourierft": "FourierFT", "sdctft": "sDCTFT", "lora": "LoRA r = 8"}
     lines = [
