@@ -142,7 +142,8 @@ def family_accuracy_table() -> str:
     said = (
         "Held-out text, one seed each, FourierFT and sDCTFT trained for 2 or 3 epochs where SSH had up to 8: what "
         f"counts is that the ways agree, not who wins. The bank holds all {many}, and rows of all are shuffled into "
-        f"batches of {found['batch']}. Torch is PEFT for FourierFT and LoRA, the float64 definition for SSH and sDCTFT. "
+        f"batches of {found['batch']}. Torch is PEFT for FourierFT and LoRA, the float64 definition for SSH and "
+        "sDCTFT. "
         "Reproduce: `python examples/family_accuracy.py`."
     )
     lines += ["", said]
