@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ssh_deploy.checkpoints.whole import refuse_existing, sync
+from ssh_deploy.checkpoints.whole import make_room, publish, refuse_existing, sync, system_errors_of
 from ssh_deploy.errors import OutputError
 
 JOURNAL = ".journal"
@@ -75,15 +75,8 @@ def resumable_folder(out: Path, *, key: str, need: int = 0, fresh: bool = False)
     """
     refuse_existing(out)
     folder = partial_path(out, key)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        there = 0 if fresh else finished_bytes(out, key)
-        free = shutil.disk_usage(out.parent).free
-        if need - there > free:
-            raise OutputError(
-                f"{out}: {need - there:,} bytes are needed, {free:,} are free.",
-                hint="Free some space or choose another disk.",
-            )
+    with system_errors_of(out):
+        make_room(out, need - (0 if fresh else finished_bytes(out, key)))
         if folder.is_symlink():
             raise OutputError(f"{folder} is a link.", hint="Remove it.")
         folder.mkdir(exist_ok=True)
@@ -97,19 +90,10 @@ def resumable_folder(out: Path, *, key: str, need: int = 0, fresh: bool = False)
                 yield partial
                 _sync_rest(folder, partial.finished)
                 (folder / JOURNAL).unlink()
-                folder.chmod(0o755)
-                sync(folder)
-                refuse_existing(out)  # a rename would replace an empty folder in silence
-                folder.rename(out)
-                sync(out.parent)
+                publish(folder, out)
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written: {error.strerror or error}.",
-            hint="Nothing was left behind. Check the folder's rights and the space on its disk.",
-        ) from error
 
 
 def _lock(journal: IO[bytes], out: Path) -> None:

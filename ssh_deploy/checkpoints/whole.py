@@ -26,31 +26,58 @@ def whole_folder(out: Path, *, need: int = 0) -> Iterator[Path]:
         OutputError: ``out`` exists, too little space, or the system refuses a write.
     """
     refuse_existing(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(out.parent).free
-        if need > free:
-            raise OutputError(
-                f"{out}: {need:,} bytes are needed, {free:,} are free.", hint="Free some space or choose another disk."
-            )
+    with system_errors_of(out):
+        make_room(out, need)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
         try:
             yield partial
             for path in partial.rglob("*"):
                 sync(path)
-            sync(partial)
-            partial.chmod(0o755)  # mkdtemp makes it private
-            refuse_existing(out)  # a rename would replace an empty folder in silence
-            partial.rename(out)
-            sync(out.parent)
+            publish(partial, out)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+@contextmanager
+def system_errors_of(out: Path) -> Iterator[None]:
+    """Raise what the system says while the folder ``out`` is made as an `OutputError`."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(
             f"{out}: cannot be written: {error.strerror or error}.",
             hint="Nothing was left behind. Check the folder's rights and the space on its disk.",
         ) from error
+
+
+def make_room(out: Path, need: int) -> None:
+    """Make the folder that ``out`` goes into, and refuse a disk with less than ``need`` bytes free.
+
+    Raises:
+        OutputError: both numbers.
+        OSError: of the system.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if need > free:
+        raise OutputError(
+            f"{out}: {need:,} bytes are needed, {free:,} are free.", hint="Free some space or choose another disk."
+        )
+
+
+def publish(partial: Path, out: Path) -> None:
+    """Let the sibling ``partial``, whose content is on the disk, become ``out``, for everyone to read.
+
+    Raises:
+        OutputError: ``out`` appeared meanwhile.
+        OSError: of the system.
+    """
+    partial.chmod(0o755)  # a temporary folder is private
+    sync(partial)
+    refuse_existing(out)  # a rename would replace an empty folder in silence
+    partial.rename(out)
+    sync(out.parent)
 
 
 @contextmanager

@@ -127,11 +127,12 @@ def test_lines_that_name_other_places_do_not_count(tmp_path, killed):
 
 
 def test_every_file_is_fsynced_once(tmp_path, monkeypatch):
-    from ssh_deploy.checkpoints import resumable
+    from ssh_deploy.checkpoints import resumable, whole
 
     seen = []
-    real = resumable.sync
-    monkeypatch.setattr(resumable, "sync", lambda path: seen.append(path.name) or real(path))
+    real = whole.sync
+    for module in (resumable, whole):
+        monkeypatch.setattr(module, "sync", lambda path: seen.append(path.name) or real(path))
     with resumable_folder(tmp_path / "out", key=KEY) as partial:
         (partial.folder / "shard").write_text("a")
         partial.finish("shard", {})
