@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
-from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import click
 
-from ssh_deploy.cli.output import json_option, progress_bar, show
+from ssh_deploy.cli.output import json_option, run_bench
 
 _QUICK: dict[str, Any] = {
     "shapes": ("pico",), "batches": ((1, 16), (1, 128), (8, 64)), "resident": (1, 12), "seconds": 0.2, "sessions": 1,
@@ -52,8 +50,5 @@ def command(work: str | None, out: str | None, quick: bool, as_json: bool, **giv
     if strange is not None:
         raise UnknownNameError(f"No part {strange!r} of bench bank.", hint=near_misses(strange, PARTS))
     options = BankOptions(**((_QUICK if quick else {}) | {key: value for key, value in given.items() if value}))
-    place = nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="ssh-deploy-bench-")
-    with place as folder, progress_bar(as_json) as progress:
-        keep = (lambda bench: bench.write(Path(out))) if out else (lambda bench: None)
-        bench = measure_bank(Path(folder), options=options, progress=progress, grown=keep)
-    show(as_json, bench.as_dict(), bench.lines(COLUMNS))
+    measure = partial(measure_bank, options=options)
+    run_bench(measure, COLUMNS, work=work, out=out, as_json=as_json)

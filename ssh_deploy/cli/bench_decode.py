@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import click
 
-from ssh_deploy.cli.output import json_option, progress_bar, show
+from ssh_deploy.cli.output import json_option, run_bench
 
 _QUICK: dict[str, Any] = {"shape": "pico", "seconds": 0.2, "sessions": 1, "context": 4, "prompt": 8}
 
@@ -31,8 +29,5 @@ def command(base: str | None, work: str | None, out: str | None, quick: bool, as
     from ssh_deploy.jobs.bench_decode import COLUMNS, DecodeOptions, measure_decode
 
     options = DecodeOptions(**((_QUICK if quick else {}) | {key: value for key, value in given.items() if value}))
-    place = nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="ssh-deploy-bench-")
-    with place as folder, progress_bar(as_json) as progress:
-        keep = (lambda bench: bench.write(Path(out))) if out else (lambda bench: None)
-        bench = measure_decode(Path(folder), base=base, options=options, progress=progress, grown=keep)
-    show(as_json, bench.as_dict(), bench.lines(COLUMNS))
+    measure = partial(measure_decode, base=base, options=options)
+    run_bench(measure, COLUMNS, work=work, out=out, as_json=as_json)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import click
 
-from ssh_deploy.cli.output import json_option, progress_bar, show
+from ssh_deploy.cli.output import json_option, run_bench
 
 _QUICK: dict[str, Any] = {"gigabytes": (0.03,), "rounds": 1, "peft_rounds": 1}
 
@@ -29,8 +27,5 @@ def command(work: str | None, out: str | None, quick: bool, as_json: bool, **giv
     from ssh_deploy.jobs.bench_merge import COLUMNS, MergeBenchOptions, measure_merge
 
     options = MergeBenchOptions(**((_QUICK if quick else {}) | {key: value for key, value in given.items() if value}))
-    place = nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="ssh-deploy-bench-")
-    with place as folder, progress_bar(as_json) as progress:
-        keep = (lambda bench: bench.write(Path(out))) if out else (lambda bench: None)
-        bench = measure_merge(Path(folder), options=options, progress=progress, grown=keep)
-    show(as_json, bench.as_dict(), bench.lines(COLUMNS))
+    measure = partial(measure_merge, options=options)
+    run_bench(measure, COLUMNS, work=work, out=out, as_json=as_json)

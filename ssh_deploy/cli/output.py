@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ssh_deploy.jobs.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from ssh_deploy.jobs.benching import Bench
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,3 +58,22 @@ def progress_bar(as_json: bool, *, unit: str = "") -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield advance
+
+
+def run_bench(
+    measure: Callable[..., Bench], columns: Sequence[str], *, work: str | None, out: str | None, as_json: bool
+) -> None:
+    """Run a bench that keeps files in a folder, and print it.
+
+    Args:
+        measure: takes that folder, ``progress`` and ``grown``, which is told of the bench after each part.
+        columns: of the table for people.
+        work: the folder; None: one for this run.
+        out: JSON file to write after each part.
+        as_json: print one JSON object.
+    """
+    place = nullcontext(work) if work else tempfile.TemporaryDirectory(prefix="ssh-deploy-bench-")
+    with place as folder, progress_bar(as_json) as progress:
+        keep = (lambda bench: bench.write(Path(out))) if out else (lambda bench: None)
+        bench = measure(Path(folder), progress=progress, grown=keep)
+    show(as_json, bench.as_dict(), bench.lines(columns))
