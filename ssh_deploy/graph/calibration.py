@@ -7,6 +7,7 @@ distribution, every row from another random start (LLM-QAT, Liu et al. 2023, sec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,17 +45,26 @@ def written_tokens(model: Any, *, rows: int, seed: int = 0) -> Any:
 class Moments:
     """Second moments by module, from as many passes over the tokens as their bytes need."""
 
-    def __init__(self, model: Any, tokens: Any, *, room: int = _ROOM) -> None:
-        """``model``: of transformers; ``tokens``: int64 torch [rows, tokens]; ``room``: most bytes held at a time."""
+    def __init__(
+        self, model: Any, tokens: Any, *, wanted: Callable[[str], bool] = lambda module: True, room: int = _ROOM
+    ) -> None:
+        """Look at ``model`` of transformers.
+
+        Args:
+            model: whose layers read.
+            tokens: int64 torch [rows, tokens].
+            wanted: of a module's path, whether it will be asked for.
+            room: most bytes held at a time.
+        """
         import torch
 
         self._model, self._tokens, self._room = model, tokens, room
-        self._modules = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
-        self._linear = [name for name, module in self._modules.items() if _sides(module, torch) is not None]
+        sides = {name: (module, _side(module, torch)) for name, module in model.named_modules() if wanted(name)}
+        self._linear = {name: (module, side) for name, (module, side) in sides.items() if side is not None}
         self._found: dict[str, Any] = {}
 
     def __call__(self, module: str) -> NDArray[np.float32] | None:
-        """Σ x xᵀ over all tokens that ``module`` read, f32 [in, in]; None for what is no linear layer of the model."""
+        """Σ x xᵀ over all tokens that ``module`` read, f32 [in, in]; None for what is no linear layer wanted."""
         if module not in self._linear:
             return None
         if module not in self._found:
@@ -68,14 +78,14 @@ class Moments:
 
         self._found, room = {}, self._room
         hooks: list[Any] = []
-        for name in self._linear[self._linear.index(first) :]:
-            side = _sides(self._modules[name], torch)
-            assert side is not None
+        names = list(self._linear)
+        for name in names[names.index(first) :]:
+            module, side = self._linear[name]
             room -= 4 * side * side
             if room < 0 and hooks:
                 break
             self._found[name] = torch.zeros(side, side)
-            hooks.append(self._modules[name].register_forward_pre_hook(self._added(name)))
+            hooks.append(module.register_forward_pre_hook(self._added(name)))
         try:
             with torch.no_grad():
                 for part in self._tokens.split(_ROWS):
@@ -92,8 +102,8 @@ class Moments:
         return add
 
 
-def _sides(module: Any, torch: Any) -> int | None:
-    """Width of what a linear layer reads."""
+def _side(module: Any, torch: Any) -> int | None:
+    """Width of what a linear layer reads; None for other modules."""
     if isinstance(module, torch.nn.Linear):
         return int(module.in_features)
     return int(module.weight.shape[0]) if type(module).__name__ == "Conv1D" else None  # GPT-2 stores [in, out]

@@ -102,6 +102,11 @@ def check_quantization(scheme: str, block: int = BLOCK) -> None:
         raise GraphError(f"Blocks of {block} numbers.", hint="Use 16, 32, 64, 128 or 256; 32 is tested most.")
 
 
+def bits_of(module: str, *, scheme: str, embedding: str) -> int:
+    """How many bits a number of ``module`` gets; ``embedding``: as in `quantize_weights`."""
+    return 8 if module == embedding or module.endswith(_TENDER) else BITS[scheme]
+
+
 def quantize_weights(
     model: ir.Model,
     *,
@@ -109,7 +114,7 @@ def quantize_weights(
     block: int = BLOCK,
     keep: Collection[str] = (),
     embedding: str = "",
-    moments: Callable[[str], NDArray[np.floating[Any]] | None] = lambda module: None,
+    moments: Callable[[str], NDArray[np.floating[Any]] | None] | None = None,
 ) -> Quantized:
     """Quantise the linear layers of ``model``, in place.
 
@@ -120,7 +125,7 @@ def quantize_weights(
         keep: modules left as they are (heads).
         embedding: module path of a decoder's output embedding; always 8 bits.
         moments: second moments of what a module reads (`calibration.Moments`), asked in the graph's order for modules
-            that get 4 bits; None: round to the nearest.
+            that get 4 bits; None, of it or of a module: round to the nearest.
 
     Raises:
         UnknownNameError, GraphError: of `check_quantization`, a graph that is quantised already, or one with nothing
@@ -139,10 +144,10 @@ def quantize_weights(
     shared, compensated, wrong, norm, before = False, False, 0.0, 0.0, 0
     for call in calls:
         source, transposed = _source(call)
-        bits = _bits(scheme, call, embedding)
+        bits = bits_of(call.module, scheme=scheme, embedding=embedding)
         if id(source) not in made:
             weight = _rows(source, transposed=transposed)
-            known = moments(call.module) if bits == 4 else None
+            known = moments(call.module) if moments is not None and bits == 4 else None
             compensated = compensated or known is not None
             blocks = quantize_blocks(weight, bits=bits, block=block, moments=known)
             made[id(source)] = blocks, _store(graph, source, blocks)
@@ -204,10 +209,6 @@ def _stored(graph: ir.Graph) -> dict[str, Blocks]:
             bits, block = (node.attributes[key].as_int() for key in ("bits", "block_size"))
             found[call.module] = Blocks((call.outputs, call.inputs), bits, block, *parts)
     return found
-
-
-def _bits(scheme: str, call: Call, embedding: str) -> int:
-    return 8 if call.module == embedding or call.module.endswith(_TENDER) else BITS[scheme]
 
 
 def _source(call: Call) -> tuple[ir.Value, bool]:

@@ -17,12 +17,12 @@ import onnx_ir as ir
 
 from ssh_deploy.errors import VerificationError
 from ssh_deploy.graph.calibration import Moments, written_tokens
-from ssh_deploy.graph.quantizing import Quantized, quantize_weights
+from ssh_deploy.graph.quantizing import Quantized, bits_of, quantize_weights
 from ssh_deploy.graph.storing import save_graph
 from ssh_deploy.graph.trace import Loaded, Traced
 from ssh_deploy.jobs import validating
 from ssh_deploy.jobs.export_job import Job
-from ssh_deploy.jobs.validating import Checked, Outputs
+from ssh_deploy.jobs.validating import Checked, Outputs, first_numbers
 
 #: Largest difference allowed between a quantised graph and torch with its dequantised weights: MatMulNBits rounds
 #: activations to 8 bits at every layer. Root mean square of each output, as a share of its own standard deviation;
@@ -60,22 +60,18 @@ def quantize_graph(job: Job, path: Path, traced: Traced, loaded: Loaded, *, keep
         loaded: the model it was traced from; a decoder is asked what its layers read, for `ExportOptions.calibrate`.
         keep: modules left in float32 (heads).
     """
-    model, options = ir.load(path), job.options
-    asked = options.quantize == "int4" and traced.cache is not None and options.calibrate
+    model, options, embedding = ir.load(path), job.options, traced.embedding
+    moments = None
+    if options.quantize == "int4" and traced.cache is not None and options.calibrate:
+        tokens = written_tokens(loaded.model, rows=options.calibrate)
+        moments = Moments(
+            loaded.model, tokens, wanted=lambda name: bits_of(name, scheme=options.quantize, embedding=embedding) == 4
+        )
     made = quantize_weights(
-        model,
-        scheme=options.quantize,
-        block=options.block,
-        keep=keep,
-        embedding=traced.embedding,
-        moments=Moments(loaded.model, written_tokens(loaded.model, rows=options.calibrate)) if asked else _unknown,
+        model, scheme=options.quantize, block=options.block, keep=keep, embedding=embedding, moments=moments
     )
     replace_graph(model, path)
     return made
-
-
-def _unknown(_module: str) -> None:
-    """Nothing is known of what a module reads."""
 
 
 def replace_graph(model: ir.Model, path: Path) -> None:
@@ -90,7 +86,7 @@ def replace_graph(model: ir.Model, path: Path) -> None:
 
 def drift(got: list[Outputs], want: list[Outputs]) -> dict[str, float]:
     """How far the first output is from the float32 base's: ``max`` and ``rms``, as shares of its spread."""
-    mine, theirs = _flat(got), _flat(want)
+    mine, theirs = first_numbers(got), first_numbers(want)
     if not theirs.size:
         return {"max": 0.0, "rms": 0.0}
     apart, spread = mine - theirs, max(float(np.ptp(theirs)), 1e-30)
@@ -111,7 +107,7 @@ def kept_effect(
     """
     changes = []
     for with_it, without in (quantized, float32):
-        on, off = _flat(with_it), _flat(without)
+        on, off = first_numbers(with_it), first_numbers(without)
         if on.shape != off.shape:
             return None
         changes.append(on - off)
@@ -146,8 +142,3 @@ def describe_quantized(
         if cosine is not None
     ]
     return {**made.as_dict(), "drift": drifted, "effects": effects}
-
-
-def _flat(answers: list[Outputs]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    name = next(iter(answers[0]))
-    return np.concatenate([answer[name].astype(np.float64).reshape(-1) for answer in answers])

@@ -197,3 +197,9 @@ def effect_of(with_it: Sequence[Outputs], without: Sequence[Outputs]) -> float:
         if a[name].shape == b[name].shape and b[name].size
     ]
     return max(changes, default=0.0)
+
+
+def first_numbers(answers: Sequence[Outputs]) -> NDArray[np.float64]:
+    """All numbers of the first output of ``answers``, one after the other, float64."""
+    name = next(iter(answers[0]))
+    return np.concatenate([answer[name].astype(np.float64).reshape(-1) for answer in answers])

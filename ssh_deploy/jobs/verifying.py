@@ -27,7 +27,7 @@ from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs.export_quantized import TOLERANCE as QUANTIZED
 from ssh_deploy.jobs.folder_adapters import layout_of, rows_of
 from ssh_deploy.jobs.progress import Progress, silent
-from ssh_deploy.jobs.validating import Outputs, Runner, torch_outputs
+from ssh_deploy.jobs.validating import Outputs, Runner, first_numbers, torch_outputs
 from ssh_deploy.jobs.verdict import Run, Verdict
 from ssh_deploy.jobs.verifying_decoder import decoder_verdict, load_tokenizer, prompt_tokens
 from ssh_deploy.runtimes.folder import contained, open_folder, read_json
@@ -137,10 +137,7 @@ def _verdict(got: Sequence[Outputs], want: Sequence[Outputs], share: float, targ
 
 def _by_rms(found: Verdict, got: Sequence[Outputs], want: Sequence[Outputs], quantized: Mapping[str, Any]) -> Verdict:
     """``found`` judged by the root mean square of the first output's differences."""
-    name = next(iter(want[0]))
-    mine, theirs = (
-        np.concatenate([a[name].astype(np.float64).reshape(-1) for a in answers]) for answers in (got, want)
-    )
+    mine, theirs = first_numbers(got), first_numbers(want)
     rms, tolerance = float(np.sqrt(np.square(mine - theirs).mean())), QUANTIZED * float(np.std(theirs))
     return replace(found, ok=rms <= tolerance, tolerance=tolerance, rms_diff=rms, quantized=quantized)
 

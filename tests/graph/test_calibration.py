@@ -59,6 +59,13 @@ def test_the_moments_are_those_of_what_each_layer_read(model, room):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_what_is_not_wanted_is_not_collected(model):
+    moments = Moments(model, written_tokens(model, rows=2), wanted=lambda name: name.endswith("q_proj"))
+    assert moments("model.layers.0.self_attn.q_proj").any()
+    assert moments("model.layers.0.mlp.down_proj") is None
+    assert len(moments._found) == 2
+
+
 def test_rounding_by_what_a_layer_reads_answers_better_on_it():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 12)) @ rng.normal(size=(12, 96)) + 0.1 * rng.normal(size=(400, 96))
