@@ -1,8 +1,7 @@
 """Sparse spectra inside the graph: y += F_Mᵀ S F_N x for every row of the batch with its own S, and no ScatterND.
 
 **What runs.** Per row of the batch and site, n coefficients (row u, column v, value s), compressed by rows (CSR). With
-the batch's tokens as the last axis, z = F_N x [in, batch·tokens] is two MatMuls (`TwoStage`), shared by all sites that
-read x. Then
+tokens as the last axis, z = F_N x is two MatMuls (`TwoStage`), shared by all sites that read x. Then
 
     w = s · z[v]            Gather of a batch row's tokens, Mul
     t[u] = Σ w over row u   the sparse sum
@@ -19,10 +18,11 @@ sums, P[k] = Σ w over coefficients before k, at the ends of the row that the CS
 The difference is linear, so it lives inside the first factor of the backward transform, which then takes 2q+1 prefix
 rows for 2q outputs. The cost of the prefix sums is their rounding: about 2⁻²⁴·√n of the largest |w|.
 
-**No Transpose of its own.** The first factor forward is many small products on x as it lies, and what the second
-needs the other way round onnxruntime fuses into its MatMul (FusedMatMul). The way back is a batch row's own, whose
-prefix rows and products then fit the cache; or, in graphs that read single tokens, that of all rows together: eight
-products of one column each take four times as long as one of eight columns.
+**Rows apart or together.** A batch row's activation is turned round once and stays on its own, forward and back, so
+that what one core makes of it lies in that core's cache when the next step wants it. Graphs that read single tokens
+take all rows ``together``: eight products of one column each take four times as long as one of eight columns. There
+the first factor forward is small products on x as it lies, and what the second needs the other way round onnxruntime
+fuses into its MatMul (FusedMatMul).
 
 **Never a wrong answer.** Row pointers beyond the coefficients, or columns outside their weight, end in an error of
 Gather (a one-element table asked for its second element); so do ids that are negative or beyond the bank.
@@ -60,11 +60,10 @@ class SpectralBank:
 
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
     [0, 1]). By first site of a group of g sites: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and
-    ``cols`` int32 [batch, g, n+1], places in the flattened [in·batch] rows of z. By site: ``pointers`` int32
-    [batch, 1, blocks, width+1], or [1, blocks, width+1, batch] where ``together``, places in the flattened
-    [batch·g·(n+1)] rows of the group's prefix sums. ``lead``:
-    (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out ``spread``
-    int64 [3], (its batch, its tokens, out).
+    ``cols`` int32 [batch, g, n+1], places in the flattened [batch·in] rows of z ([in·batch] where ``together``). By
+    site: ``pointers`` int32 [batch, 1, blocks, width+1], or [1, blocks, width+1, batch] where ``together``, places in
+    the flattened [batch·g·(n+1)] rows of the group's prefix sums. ``lead``: (batch, tokens) of the graph's input,
+    symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out ``spread`` int64 [3], (its batch, its tokens, out).
     """
 
     axis: str
@@ -102,7 +101,7 @@ def prepare(
         like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
         shapes: (out, in) of every site.
         groups: sizes of the groups, whose sites follow one another.
-        together: batch rows share the products of the way back; for single tokens, whose products are narrow.
+        together: batch rows share the products of both ways; for single tokens, whose products are narrow.
     """
     # of the places, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
     gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
@@ -126,9 +125,8 @@ def prepare(
         own = {out: then.op("Transpose", value, perm=[1, 2, 0]) for out, value in own.items()}
     own = {out: then.op("Cast", value, to=ir.DataType.INT32) for out, value in own.items()}
     nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
-    size = then.op("Cast", then.op("Size", ids), to=ir.DataType.INT32)
-    first = then.op("Add", then.op("Reshape", number, then.ints(-1, 1, 1)), nil)
-    cols = then.op("Add", then.op("Mul", cols, size), first)
+    number = then.op("Add", number, nil)
+    cols = _flat(then, cols, number, shapes, together=together)
     places: dict[int, ir.Value] = {}
     for out, value in own.items():
         sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
@@ -190,6 +188,18 @@ def _checked(
     return emitter.op("Gather", emitter.const([0], INT32), emitter.op("Reshape", broken, emitter.ints(1)), axis=0)
 
 
+def _flat(
+    emitter: Emitter, cols: ir.Value, number: ir.Value, shapes: Sequence[tuple[int, int]], *, together: bool
+) -> ir.Value:
+    """Places of ``cols`` [batch, sites, n+1] in the flattened rows of z; ``number`` [batch] counts the batch's rows."""
+    number = emitter.op("Reshape", number, emitter.ints(-1, 1, 1))
+    if together:
+        size = emitter.op("Cast", emitter.op("Size", number), to=ir.DataType.INT32)
+        return emitter.op("Add", emitter.op("Mul", cols, size), number)
+    sides = emitter.const(np.array([[[n_in] for _, n_in in shapes]]), INT32)
+    return emitter.op("Add", cols, emitter.op("Mul", number, sides))
+
+
 def _windows(
     emitter: Emitter,
     axis: str,
@@ -239,7 +249,9 @@ def contribution(
         tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", x, start=1, end=2), axis=0)
         sides = emitter.op("Shape", x, start=0, end=2)
         spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in set(modules.values())}
-    z = emitter.op("Reshape", _forward(emitter, x, get_transform(bank.axis).axis.two_stage(n_in)), tokens)
+    stages = get_transform(bank.axis).axis.two_stage(n_in)
+    z = _forward_together(emitter, x, stages) if bank.together else _forward(emitter, x, stages, one=one)
+    z = emitter.op("Reshape", z, tokens)
     terms = emitter.op("Mul", emitter.op("Gather", z, bank.cols[first], axis=0), bank.values[first])
     sums = emitter.op("Flatten", emitter.op("CumSum", terms, emitter.const(2, INT64), exclusive=1), axis=3)
     answers: dict[str, ir.Value] = {}
@@ -263,7 +275,23 @@ def _leading(value: ir.Value) -> tuple[object, object] | None:
     return None if None in found else (found[0], found[1])
 
 
-def _forward(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
+def _forward(emitter: Emitter, x: ir.Value, stages: TwoStage, *, one: bool) -> ir.Value:
+    """F x for x [batch, tokens, n], or [batch, n] where ``one``, as [batch, .., .., tokens] in the stages' order."""
+    blocks, width, _ = stages.second.shape
+    if not one:
+        if x.shape is None or len(x.shape) != 3:
+            x = emitter.op("Reshape", x, emitter.ints(0, 0, stages.n))
+        x = emitter.op("Transpose", x, perm=[0, 2, 1])
+    if stages.permutation is not None:
+        x = emitter.op("Gather", x, emitter.ints(*stages.permutation.tolist()), axis=1)
+    if stages.p > 1:
+        x = emitter.op("Reshape", x, emitter.ints(0, stages.p, -1))
+        x = emitter.op("MatMul", emitter.const(stages.first, FLOAT), x)
+    x = emitter.op("Reshape", x, emitter.ints(0, blocks, width, -1))
+    return emitter.op("MatMul", emitter.const(stages.second, FLOAT), x)
+
+
+def _forward_together(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
     """F x for x [batch, tokens, n], as [.., .., batch·tokens] in the stages' order."""
     if stages.permutation is not None:
         x = emitter.op("Reshape", x, emitter.ints(-1, stages.n))
