@@ -8,8 +8,11 @@ by several threads, each with its own block in the cache. A block's part of the 
   is one factor a coefficient and the turns within a block are the same for all: three multiply-adds each, no memory;
 * many of them: FFTs of all those columns once, kept for the blocks.
 
-A small matrix is transformed whole: it is in the cache as it is. FFTs are ducc0's. A weight that lies transposed in
-memory is the transposed problem: ``ΔWᵀ = F_Nᵀ Sᵀ F_M``.
+A small matrix is transformed whole: it is in the cache as it is. Nothing that was measured against its two FFTs at 768²
+and n = 1000 is worth its code: the stages of `Axis.two_stage`, the inner ones on the coefficients alone (a product for
+each pair of blocks), take 0.9 to 1.1 of their time; rows of ``F_N`` summed in place of one FFT, 1.1 to 1.4.
+
+FFTs are ducc0's. A weight that lies transposed in memory is the transposed problem: ``ΔWᵀ = F_Nᵀ Sᵀ F_M``.
 """
 
 from __future__ import annotations
