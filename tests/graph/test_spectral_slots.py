@@ -9,8 +9,8 @@ from layer_graphs import Case, graph_of, layer, tokens
 
 from ssh_deploy.errors import GraphError, SlotError
 from ssh_deploy.graph.bank_file import stack_rows
-from ssh_deploy.graph.lowering import spectral
-from ssh_deploy.graph.lowering.spectral import backward_factors, composed
+from ssh_deploy.graph.lowering import stages as lowered
+from ssh_deploy.graph.lowering.stages import backward_factors, composed
 from ssh_deploy.graph.sites import by_module, find_calls
 from ssh_deploy.graph.slots import Plan, add_slots
 from ssh_deploy.transforms import get_transform
@@ -31,7 +31,7 @@ from ssh_deploy.transforms import get_transform
 def test_any_shape_is_the_definition(n_out, n_in, transform, dtype, n, batch, length, past, dense):
     kind = "cosine" if transform == "cosine" else "hartley"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spectral, "_DENSE", dense)
+        patch.setattr(lowered, "_DENSE", dense)
         case = Case({"a": layer(n_out, n_in)}, kinds=(kind,), dtype=dtype, past=past)
     adapter = case.adapter(n, n=n, transform=transform)
     x = tokens(case, batch, length)
@@ -49,12 +49,13 @@ def test_without_an_adapter_every_bit_is_the_plain_graphs(bias):
             assert got.tobytes() == want.tobytes()
 
 
+@pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("past", [False, True])
-def test_layers_of_different_widths_share_one_activation(past):
+def test_layers_of_different_widths_share_one_activation(past, length):
     layers = {"q": layer(24, 36), "k": layer(12, 36, 1), "v": layer(12, 36, 2), "g": layer(24, 36, 3)}
     case = Case(layers, bias=True, past=past)
     adapter = case.adapter(3)
-    x = tokens(case, 3, 4)
+    x = tokens(case, 3, length)
     for got, want in zip(case.run(x, **case.feeds(adapter)), case.want(adapter, x), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
 
@@ -69,13 +70,14 @@ def test_both_transforms_in_one_graph_add_up():
     np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * float(np.abs(want).max()))
 
 
+@pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("past", [False, True])
-def test_rows_of_a_mixed_batch_are_single_runs(past):
+def test_rows_of_a_mixed_batch_are_single_runs(past, length):
     case = Case({"q": layer(24, 36), "v": layer(24, 36, 1)}, past=past)
     adapters = [case.adapter(1), case.adapter(2, n=30), case.adapter(3, n=5, transform="hartley-joint")]
     banks, ids = stack_rows([case.rows(a) for a in adapters], case.layout)
     assert ids == {"adapter_ids": [1, 2, 3]}
-    x = tokens(case, 5, 4)
+    x = tokens(case, 5, length)
     picked = np.array([2, 0, 3, 1, 2])
     mixed = case.run(x, **banks, adapter_ids=picked)
     for row, number in enumerate(picked):
@@ -113,12 +115,13 @@ def test_wrong_ids_end_in_an_error_and_never_in_an_answer(ids, fed):
         ("cols", lambda a: np.where(np.arange(a.shape[-1]) == 0, 36, a).astype(a.dtype)),
     ],
 )
-def test_misplaced_coefficients_end_in_an_error(part, change):
-    case = Case({"q": layer(24, 36)})
+@pytest.mark.parametrize(("past", "length"), [(False, 3), (True, 3), (True, 1)])
+def test_misplaced_coefficients_end_in_an_error(part, change, past, length):
+    case = Case({"q": layer(24, 36)}, past=past)
     feeds = case.feeds(case.adapter(1))
-    case.run(tokens(case, 2, 3), **feeds)
+    case.run(tokens(case, 2, length), **feeds)
     with pytest.raises(Exception, match="out of data bounds"):
-        case.run(tokens(case, 2, 3), **{**feeds, f"adapter_{part}": change(feeds[f"adapter_{part}"])})
+        case.run(tokens(case, 2, length), **{**feeds, f"adapter_{part}": change(feeds[f"adapter_{part}"])})
 
 
 def test_many_coefficients_on_few_rows_lose_nothing_on_many_threads():

@@ -15,14 +15,15 @@ sums, P[k] = Σ w over coefficients before k, at the ends of the row that the CS
 
     t[u] = P[r[u+1]] − P[r[u]]
 
-The difference is linear, so it lives inside the first factor of the backward transform, which then takes 2q+1 prefix
-rows for 2q outputs. The cost of the prefix sums is their rounding: about 2⁻²⁴·√n of the largest |w|.
+The difference is linear, so it lives inside the first factor of the way back (`stages`). The cost of the prefix sums is
+their rounding: about 2⁻²⁴·√n of the largest |w|.
 
-**Rows apart or together.** A batch row's activation is turned round once and stays on its own, forward and back, so
-that what one core makes of it lies in that core's cache when the next step wants it. Graphs that read single tokens
-take all rows ``together``: eight products of one column each take four times as long as one of eight columns. There
-the first factor forward is small products on x as it lies, and what the second needs the other way round onnxruntime
-fuses into its MatMul (FusedMatMul).
+**Rows apart or together** (`stages`). In graphs that read single tokens the batch's rows stand beside one another,
+last, in every array: CumSum then adds them side by side, and not one row's thousand numbers after the other's (3 µs
+for eight rows of two sites, and 42). And with one token a place is one number, which GatherElements fetches six times
+faster than Gather, which copies runs (1.5 and 9.7 µs for 1,502 numbers; 10 and 38 for eight rows). It wants flat
+arrays. So a graph of single tokens has both behind one more If, for one token and for the many of a prompt. That costs
+a single row what it saves, and takes 6 % of the time from a batch of eight (SmolLM2's shape, query and value).
 
 **Never a wrong answer.** Row pointers beyond the coefficients, or columns outside their weight, end in an error of
 Gather (a one-element table asked for its second element); so do ids that are negative or beyond the bank.
@@ -36,22 +37,19 @@ apart costs more than the nodes saved; and the sites' arrays are cut apart once,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from ssh_deploy.graph.emitter import Emitter
+from ssh_deploy.graph.lowering.stages import backward, backward_together, forward, forward_together
 from ssh_deploy.graph.sites import Call
 from ssh_deploy.transforms import get_transform
-from ssh_deploy.transforms.base import TwoStage
 
 INT32, INT64, FLOAT = np.int32, np.int64, np.float32
-#: Widest transform of single tokens that is one product: its matrix is read in the time of the nodes that it saves.
-_DENSE = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,15 +57,19 @@ class SpectralBank:
     """Optional inputs of one axis kernel, and what the graph makes of them for a batch.
 
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
-    [0, 1]). By first site of a group of g sites: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and
-    ``cols`` int32 [batch, g, n+1], places in the flattened [batch·in] rows of z ([in·batch] where ``together``). By
-    site: ``pointers`` int32 [batch, 1, blocks, width+1], or [1, blocks, width+1, batch] where ``together``, places in
-    the flattened [batch·g·(n+1)] rows of the group's prefix sums. ``lead``: (batch, tokens) of the graph's input,
-    symbolic; ``tokens`` int64 [2], (−1, its tokens), and by out ``spread`` int64 [3], (its batch, its tokens, out).
+    [0, 1]). ``lead``: (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens), and by
+    out ``spread`` int64 [3], (its batch, its tokens, out).
+
+    By first site of a group of g sites: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and ``cols``
+    int32 [batch, g, n+1], places in the flattened [batch·in] rows of z. By site: ``pointers`` int32 [batch, 1, blocks,
+    width+1], places in the flattened [batch·g·(n+1)] rows of the group's prefix sums.
+
+    In graphs of single tokens there is ``single``, true when the input is one token, and rows are together: values and
+    cols are flat [g·(n+1)·batch], places those of [in·batch] rows; pointers flat [blocks·(width+1)·batch], those of
+    [g·(n+1)·batch]; ``counts`` int64 [3] by g is (g, n+1, −1).
     """
 
     axis: str
-    together: bool
     gate: ir.Value
     batch: ir.Value
     values: Mapping[int, ir.Value]
@@ -76,6 +78,8 @@ class SpectralBank:
     lead: tuple[object, object]
     tokens: ir.Value
     spread: Mapping[int, ir.Value]
+    single: ir.Value | None
+    counts: Mapping[int, ir.Value]
 
 
 def prepare(
@@ -107,59 +111,94 @@ def prepare(
     gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
     # outside the branch: ids beyond the bank are an error even when nothing is fed
     found = emitter.op("Gather", inputs["scales"], ids, axis=0)
-    then, other = emitter.branch("rows"), emitter.branch("none")
+    then = emitter.branch("rows")
     batch = then.op("Shape", like, start=0, end=1)
     ids = then.op("Reshape", then.op("Expand", ids, batch), batch)
-    scales = then.op("Expand", found, then.op("Concat", batch, then.ints(1), axis=0))
     rows = then.op("Range", then.const(0, INT64), then.op("Size", ids), then.const(1, INT64))
     number = then.op("Cast", rows, to=ir.DataType.INT32)
-    values = then.op("Cast", then.op("Gather", inputs["values"], ids, axis=0), to=ir.DataType.FLOAT)
-    values = then.op("Mul", values, then.op("Unsqueeze", scales, then.ints(2)))
-    end = then.ints(0, 0, 0, 0, 0, 1)
-    values = then.op("Unsqueeze", then.op("Pad", values, end), then.ints(3))
-    cols = then.op("Cast", then.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
-    cols = then.op("Pad", cols, end)
-    n = then.op("Cast", then.op("Shape", cols, start=2, end=3), to=ir.DataType.INT32)
-    own = {out: then.op("Gather", value, ids, axis=0) for out, value in pointers.items()}
-    if together:  # turned round while they are small
-        own = {out: then.op("Transpose", value, perm=[1, 2, 0]) for out, value in own.items()}
-    own = {out: then.op("Cast", value, to=ir.DataType.INT32) for out, value in own.items()}
+    scales = then.op("Expand", found, then.op("Concat", batch, then.ints(1), axis=0))
+    values, cols, own = _fetched(then, inputs, pointers, ids, scales)
+    length = then.op("Shape", cols, start=2, end=3)
+    n = then.op("Cast", length, to=ir.DataType.INT32)
     nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
-    number = then.op("Add", number, nil)
-    cols = _flat(then, cols, number, shapes, together=together)
+    number = then.op("Reshape", then.op("Add", number, nil), then.ints(-1, 1, 1))
+    side = then.op("Cast", batch, to=ir.DataType.INT32) if together else None
+    cols = _flat_columns(then, cols, number, side, shapes)
     places: dict[int, ir.Value] = {}
     for out, value in own.items():
         sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
-        windows = _windows(then, axis, out, value, number, n, sites, groups, together=together)
-        places |= zip(sites, _split(then, windows, [1] * len(sites), axis=0 if together else 1), strict=True)
-    sides = then.op("Shape", like, start=0, end=2)
-    lengths = [then.op("Concat", then.ints(-1), then.op("Shape", like, start=1, end=2), axis=0)]
-    lengths += [then.op("Concat", sides, then.ints(out), axis=0) for out in pointers]
-    longs = [then.op("Unsqueeze", rows, then.ints(1)), *lengths]
-    floats = _split(then, values, groups, axis=1)
-    whole = [*_split(then, cols, groups, axis=1), *places.values()]
-    # every output of a branch wants a node of that branch: here one node for all of a dtype
-    none = [*_split(other, other.const(np.zeros((0, 1)), INT64), [0] * len(longs), axis=0)]
-    none += _split(other, other.const(np.zeros(0), FLOAT), [0] * len(floats), axis=0)
-    none += _split(other, other.const(np.zeros(0), INT32), [0] * len(whole), axis=0)
-    results = [*longs, *floats, *whole]
-    kinds = [INT64] * len(longs) + [FLOAT] * len(floats) + [INT32] * len(whole)
-    for value, kind in zip(results + none, [*kinds, *kinds], strict=True):
-        value.dtype = ir.DataType.from_numpy(np.dtype(kind))
-    made = iter(emitter.when(gate, then, results, other, none))
+        windows = _flat_windows(then, _windows(then, axis, out, value), number, side, n, sites, groups)
+        if together:
+            windows = then.op("Reshape", then.op("Transpose", windows, perm=[1, 2, 3, 0]), then.ints(-1))
+        each = then.ops("Split", windows, outputs=len(sites), axis=0 if together else 1, num_outputs=len(sites))
+        places |= zip(sites, each, strict=True)
+    size = then.op("Shape", like, start=1, end=2)
+    lengths = [then.op("Concat", then.ints(-1), size, axis=0)]
+    lengths += [then.op("Concat", batch, size, then.ints(out), axis=0) for out in pointers]
+    singles: list[ir.Value] = []
+    counts: list[ir.Value] = []
+    parts, cut = then.ints(*groups), 1
+    if together:
+        values, cols = (
+            then.op("Reshape", then.op("Transpose", array, perm=[1, 2, 0]), then.ints(-1)) for array in (values, cols)
+        )
+        parts, cut = then.op("Mul", parts, then.op("Mul", length, batch)), 0
+        singles = [then.op("Equal", size, then.ints(1))]
+        counts = [then.op("Concat", then.ints(g), length, then.ints(-1), axis=0) for g in sorted(set(groups))]
+    else:
+        values = then.op("Unsqueeze", values, then.ints(3))
+    floats, wholes = (then.ops("Split", array, parts, outputs=len(groups), axis=cut) for array in (values, cols))
+    longs = [then.op("Unsqueeze", rows, then.ints(1)), *lengths, *counts]
+    whole = [*wholes, *places.values()]
+    results = {INT64: longs, FLOAT: floats, INT32: whole, np.bool_: singles}
+    made = _behind(emitter, gate, then, results)
     number, tokens = next(made), next(made)
     spread = dict(zip(pointers, islice(made, len(pointers)), strict=True))
+    by_size = dict(zip(sorted(set(groups)), islice(made, len(counts)), strict=True)) if together else {}
     firsts = np.cumsum([0, *groups[:-1]]).tolist()
     of_values, of_cols = (dict(zip(firsts, islice(made, len(groups)), strict=True)) for _ in range(2))
-    of_pointers = dict(zip(places, made, strict=True))
+    of_pointers = dict(zip(places, islice(made, len(places)), strict=True))
     lead = _leading(like)
     assert lead is not None
-    return SpectralBank(axis, together, gate, number, of_values, of_cols, of_pointers, lead, tokens, spread)
+    single = next(made, None)
+    return SpectralBank(axis, gate, number, of_values, of_cols, of_pointers, lead, tokens, spread, single, by_size)
 
 
-def _split(emitter: Emitter, array: ir.Value, sizes: Sequence[int], *, axis: int) -> Sequence[ir.Value]:
-    """``array`` cut along ``axis``."""
-    return emitter.ops("Split", array, emitter.ints(*sizes), outputs=len(sizes), axis=axis)
+def _fetched(
+    emitter: Emitter,
+    inputs: Mapping[str, ir.Value],
+    pointers: Mapping[int, ir.Value],
+    ids: ir.Value,
+    scales: ir.Value,
+) -> tuple[ir.Value, ir.Value, dict[int, ir.Value]]:
+    """The batch's rows of the bank: values, scaled, and columns [batch, sites, n+1], a zero last; pointers by out."""
+    end = emitter.ints(0, 0, 0, 0, 0, 1)
+    values = emitter.op("Cast", emitter.op("Gather", inputs["values"], ids, axis=0), to=ir.DataType.FLOAT)
+    values = emitter.op("Mul", values, emitter.op("Unsqueeze", scales, emitter.ints(2)))
+    cols = emitter.op("Cast", emitter.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
+    own = {out: emitter.op("Gather", value, ids, axis=0) for out, value in pointers.items()}
+    own = {out: emitter.op("Cast", value, to=ir.DataType.INT32) for out, value in own.items()}
+    return emitter.op("Pad", values, end), emitter.op("Pad", cols, end), own
+
+
+def _behind(
+    emitter: Emitter, gate: ir.Value, then: Emitter, results: Mapping[type, Sequence[ir.Value]]
+) -> Iterator[ir.Value]:
+    """``results`` of ``then`` by dtype, one after another, or as many without elements where ``gate`` is false.
+
+    Every output of a branch wants a node of that branch: here one node for all of a dtype.
+    """
+    other = emitter.branch("none")
+    none: list[ir.Value] = []
+    for kind, values in results.items():
+        if not values:
+            continue
+        shape = (0, 1) if kind is INT64 else (0,)  # the batch's row numbers have two sides
+        empty = other.const(np.zeros(shape), kind)
+        none += other.ops("Split", empty, other.ints(*[0] * len(values)), outputs=len(values), axis=0)
+        for value in (*values, *none[-len(values) :]):
+            value.dtype = ir.DataType.from_numpy(np.dtype(kind))
+    return iter(emitter.when(gate, then, [value for values in results.values() for value in values], other, none))
 
 
 def _checked(
@@ -188,41 +227,49 @@ def _checked(
     return emitter.op("Gather", emitter.const([0], INT32), emitter.op("Reshape", broken, emitter.ints(1)), axis=0)
 
 
-def _flat(
-    emitter: Emitter, cols: ir.Value, number: ir.Value, shapes: Sequence[tuple[int, int]], *, together: bool
+def _flat_columns(
+    emitter: Emitter, cols: ir.Value, number: ir.Value, side: ir.Value | None, shapes: Sequence[tuple[int, int]]
 ) -> ir.Value:
-    """Places of ``cols`` [batch, sites, n+1] in the flattened rows of z; ``number`` [batch] counts the batch's rows."""
-    number = emitter.op("Reshape", number, emitter.ints(-1, 1, 1))
-    if together:
-        size = emitter.op("Cast", emitter.op("Size", number), to=ir.DataType.INT32)
-        return emitter.op("Add", emitter.op("Mul", cols, size), number)
-    sides = emitter.const(np.array([[[n_in] for _, n_in in shapes]]), INT32)
-    return emitter.op("Add", cols, emitter.op("Mul", number, sides))
+    """``cols`` [batch, sites, n+1] as places in the flattened rows of z: (batch row, column).
+
+    ``number`` [batch, 1, 1] counts the batch's rows; ``side``: how many, where they come last.
+    """
+    if side is not None:
+        return emitter.op("Add", emitter.op("Mul", cols, side), number)
+    return emitter.op("Add", cols, emitter.op("Mul", number, emitter.const([[[inn] for _, inn in shapes]], INT32)))
 
 
-def _windows(
+def _windows(emitter: Emitter, axis: str, out: int, pointers: ir.Value) -> ir.Value:
+    """``pointers`` [batch, sites, out+1] as each block of the way back takes them: [batch, sites, blocks, width+1]."""
+    blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
+    along, step = emitter.ints(2), emitter.ints(width)
+    own = emitter.op("Slice", pointers, emitter.ints(0), emitter.ints(out), along)
+    edge = emitter.op("Slice", pointers, step, emitter.ints(out + 1), along, step)
+    own = emitter.op("Reshape", own, emitter.ints(0, 0, blocks, width))
+    return emitter.op("Concat", own, emitter.op("Unsqueeze", edge, emitter.ints(3)), axis=3)
+
+
+def _flat_windows(
     emitter: Emitter,
-    axis: str,
-    out: int,
-    pointers: ir.Value,
+    windows: ir.Value,
     number: ir.Value,
+    side: ir.Value | None,
     n: ir.Value,
     sites: Sequence[int],
     groups: Sequence[int],
-    *,
-    together: bool,
 ) -> ir.Value:
-    """Places of the prefix rows that each block of the backward transform of ``sites`` takes."""
-    blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
-    window = width * np.arange(blocks)[:, None] + np.arange(width + 1)
-    lead = (-1, 1, 1, 1) if together else (1, -1, 1, 1)
-    size = np.repeat(groups, groups)[sites].reshape(lead)
-    within = np.concatenate([np.arange(g) for g in groups])[sites].reshape(lead)
-    number = number if together else emitter.op("Reshape", number, emitter.ints(-1, 1, 1, 1))
-    block = emitter.op("Mul", number, emitter.const(size, INT32))
-    block = emitter.op("Mul", emitter.op("Add", block, emitter.const(within, INT32)), n)
-    own = emitter.op("Gather", pointers, emitter.const(window, INT64), axis=1 if together else 2)
-    return emitter.op("Add", own, block)
+    """``windows`` of ``sites`` as places in the flattened rows of prefix sums: (batch row, site of its group, row).
+
+    ``number``, ``side``: as in `_flat_columns`.
+    """
+    number = emitter.op("Unsqueeze", number, emitter.ints(3))
+    within = emitter.const(np.concatenate([np.arange(g) for g in groups])[sites].reshape(1, -1, 1, 1), INT32)
+    if side is not None:
+        places = emitter.op("Add", windows, emitter.op("Mul", within, n))
+        return emitter.op("Add", emitter.op("Mul", places, side), number)
+    size = emitter.const(np.repeat(groups, groups)[sites].reshape(1, -1, 1, 1), INT32)
+    start = emitter.op("Add", emitter.op("Mul", number, size), within)
+    return emitter.op("Add", windows, emitter.op("Mul", start, n))
 
 
 def contribution(
@@ -242,28 +289,63 @@ def contribution(
     modules = {call.module: call.outputs for call in calls}
     first = min(table[module] for module in modules)
     x, n_in = calls[0].activation, calls[0].inputs
-    one, tokens, spread = not calls[0].tokens, bank.tokens, bank.spread
+    one, tokens, spread, single = not calls[0].tokens, bank.tokens, bank.spread, bank.single
     if one:
         tokens, spread = emitter.ints(-1, 1), {out: emitter.ints(-1, out) for out in spread}
     elif _leading(x) != bank.lead:
         tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", x, start=1, end=2), axis=0)
         sides = emitter.op("Shape", x, start=0, end=2)
         spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in set(modules.values())}
-    stages = get_transform(bank.axis).axis.two_stage(n_in)
-    z = _forward_together(emitter, x, stages) if bank.together else _forward(emitter, x, stages, one=one)
-    z = emitter.op("Reshape", z, tokens)
-    terms = emitter.op("Mul", emitter.op("Gather", z, bank.cols[first], axis=0), bank.values[first])
-    sums = emitter.op("Flatten", emitter.op("CumSum", terms, emitter.const(2, INT64), exclusive=1), axis=3)
+        single = None  # how many tokens the input has does not say how many these are
+    axis = get_transform(bank.axis).axis
+    terms = {"values": bank.values[first], "cols": bank.cols[first]}
+    pointers = [bank.pointers[table[module]] for module in modules]
     answers: dict[str, ir.Value] = {}
-    for module, out in modules.items():
-        prefix = emitter.op("Gather", sums, bank.pointers[table[module]], axis=0)
-        stages = get_transform(bank.axis).axis.two_stage(out)
-        if bank.together:
-            answers[module] = emitter.op("Reshape", _backward_together(emitter, prefix, stages), spread[out])
-        else:
-            y = _backward(emitter, prefix, stages)
+    if bank.single is None:
+        z = emitter.op("Reshape", forward(emitter, x, axis.two_stage(n_in), one=one), tokens)
+        w = emitter.op("Mul", emitter.op("Gather", z, terms["cols"], axis=0), terms["values"])
+        sums = emitter.op("Flatten", emitter.op("CumSum", w, emitter.const(2, INT64), exclusive=1), axis=3)
+        for (module, out), places in zip(modules.items(), pointers, strict=True):
+            y = backward(emitter, emitter.op("Gather", sums, places, axis=0), axis.two_stage(out))
             answers[module] = emitter.op("Reshape", y, spread[out]) if one else y
+    else:
+        z = forward_together(emitter, x, axis.two_stage(n_in))
+        prefixes = _prefixes(emitter, z, terms, pointers, bank.counts[len(modules)], tokens, single)
+        for (module, out), prefix in zip(modules.items(), prefixes, strict=True):
+            answers[module] = emitter.op(
+                "Reshape", backward_together(emitter, prefix, axis.two_stage(out)), spread[out]
+            )
     return [answers[call.module] for call in calls]
+
+
+def _prefixes(
+    emitter: Emitter,
+    z: ir.Value,
+    terms: Mapping[str, ir.Value],
+    pointers: Sequence[ir.Value],
+    counts: ir.Value,
+    tokens: ir.Value,
+    single: ir.Value | None,
+) -> Sequence[ir.Value]:
+    """Prefix rows of every site, [blocks·(width+1)·batch, tokens]; without the last side where ``single`` holds."""
+
+    def summed(branch: Emitter, w: ir.Value) -> ir.Value:
+        w = branch.op("Reshape", w, counts)
+        return branch.op("CumSum", w, branch.const(1, INT64), exclusive=1)
+
+    one, many = emitter.branch("token"), emitter.branch("tokens")
+    flat = one.op("GatherElements", one.op("Reshape", z, one.ints(-1)), terms["cols"], axis=0)
+    flat = one.op("Reshape", summed(one, one.op("Mul", flat, terms["values"])), one.ints(-1))
+    alone = [one.op("GatherElements", flat, places, axis=0) for places in pointers]
+    if single is None:
+        many = emitter
+    rows = many.op("Gather", many.op("Reshape", z, tokens), terms["cols"], axis=0)
+    rows = many.op("Mul", rows, many.op("Unsqueeze", terms["values"], many.ints(1)))
+    rows = many.op("Reshape", summed(many, rows), tokens)
+    beside = [many.op("Gather", rows, places, axis=0) for places in pointers]
+    for value in (*alone, *beside):
+        value.dtype = ir.DataType.FLOAT
+    return beside if single is None else emitter.when(single, one, alone, many, beside)
 
 
 def _leading(value: ir.Value) -> tuple[object, object] | None:
@@ -273,100 +355,3 @@ def _leading(value: ir.Value) -> tuple[object, object] | None:
         return None
     found = tuple(side if isinstance(side, int) else side.value for side in sides[:2])
     return None if None in found else (found[0], found[1])
-
-
-def _forward(emitter: Emitter, x: ir.Value, stages: TwoStage, *, one: bool) -> ir.Value:
-    """F x for x [batch, tokens, n], or [batch, n] where ``one``, as [batch, .., .., tokens] in the stages' order."""
-    blocks, width, _ = stages.second.shape
-    if not one:
-        if x.shape is None or len(x.shape) != 3:
-            x = emitter.op("Reshape", x, emitter.ints(0, 0, stages.n))
-        x = emitter.op("Transpose", x, perm=[0, 2, 1])
-    if stages.permutation is not None:
-        x = emitter.op("Gather", x, emitter.ints(*stages.permutation.tolist()), axis=1)
-    if stages.p > 1:
-        x = emitter.op("Reshape", x, emitter.ints(0, stages.p, -1))
-        x = emitter.op("MatMul", emitter.const(stages.first, FLOAT), x)
-    x = emitter.op("Reshape", x, emitter.ints(0, blocks, width, -1))
-    return emitter.op("MatMul", emitter.const(stages.second, FLOAT), x)
-
-
-def _forward_together(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
-    """F x for x [batch, tokens, n], as [.., .., batch·tokens] in the stages' order."""
-    if stages.permutation is not None:
-        x = emitter.op("Reshape", x, emitter.ints(-1, stages.n))
-        x = emitter.op("Gather", x, emitter.ints(*stages.permutation.tolist()), axis=1)
-    if stages.p > 1:
-        x = emitter.op("Reshape", x, emitter.ints(-1, stages.p, stages.q))
-        x = emitter.op("MatMul", emitter.const(stages.first, FLOAT), x)
-    blocks, width, _ = stages.second.shape
-    x = emitter.op("Reshape", x, emitter.ints(-1, blocks, width))
-    # a MatMul that reads its second factor turned round: onnxruntime fuses the two
-    return emitter.op("MatMul", emitter.const(stages.second, FLOAT), emitter.op("Transpose", x, perm=[1, 2, 0]))
-
-
-def _backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
-    """Fᵀ t for prefix rows [batch, 1, blocks, width+1, tokens] of t, as [batch, tokens, n]."""
-    y = emitter.op("MatMul", emitter.const(differenced(stages), FLOAT), prefix)
-    if stages.p > 1:
-        y = emitter.op("Reshape", y, emitter.ints(0, stages.p, -1))
-        y = emitter.op("MatMul", emitter.const(stages.first.T, FLOAT), y)
-    y = emitter.op("Reshape", y, emitter.ints(0, stages.n, -1))
-    y = emitter.op("Transpose", y, perm=[0, 2, 1])
-    if stages.permutation is not None:
-        y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=2)
-    return y
-
-
-def _backward_together(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
-    """Fᵀ t for prefix rows [1, blocks, width+1, batch, tokens] of t, as [batch·tokens, n] or with n taken apart."""
-    blocks, width, _ = stages.second.shape
-    if stages.n <= _DENSE:
-        rows = emitter.op("Reshape", prefix, emitter.ints(blocks * (width + 1), -1))
-        return emitter.op("MatMul", emitter.op("Transpose", rows, perm=[1, 0]), emitter.const(composed(stages), FLOAT))
-    second, first = backward_factors(stages)
-    y = emitter.op("Reshape", prefix, emitter.ints(blocks, width + 1, -1))
-    y = emitter.op("MatMul", emitter.const(second, FLOAT), y)
-    y = emitter.op("Transpose", emitter.op("Reshape", y, emitter.ints(stages.p, stages.q, -1)), perm=[2, 0, 1])
-    if stages.p > 1:
-        y = emitter.op("MatMul", emitter.const(first, FLOAT), y)
-    if stages.permutation is not None:
-        y = emitter.op("Reshape", y, emitter.ints(-1, stages.n))
-        y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=1)
-    return y
-
-
-def composed(stages: TwoStage) -> NDArray[np.float64]:
-    """What `_backward_together` makes of prefix rows, as one matrix f64 [blocks·(width+1), n]: y = Pᵀ times it."""
-    second, first = backward_factors(stages)
-    blocks, width, _ = stages.second.shape
-    dense = second[0].T
-    if stages.p > 1:
-        apart = np.zeros((2, blocks, stages.q, blocks, width + 1))  # each block reads its own window
-        for block in range(blocks):
-            apart[:, block, :, block] = second[:, block]
-        apart = apart.reshape(stages.p, stages.q, -1)
-        dense = np.einsum("op,pqr->roq", first, apart).reshape(-1, stages.n)
-    return dense if stages.permutation is None else dense[:, np.argsort(stages.permutation)]
-
-
-def differenced(stages: TwoStage) -> NDArray[np.float64]:
-    """``second[i]ᵀ D`` f64 [blocks, width, width+1]: takes prefix rows P instead of t, ``t[u] = P[u+1] − P[u]``."""
-    turned = stages.second.transpose(0, 2, 1)
-    edge = np.zeros((*turned.shape[:2], 1))
-    return np.concatenate([edge, turned], axis=2) - np.concatenate([turned, edge], axis=2)
-
-
-def backward_factors(stages: TwoStage) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The factors of Fᵀ as `_backward_together` takes them.
-
-    Returns:
-        `differenced` as [2, blocks, q, width+1], the halves of each block's outputs apart ([1, n, n+1] with ``p = 1``);
-        and ``firstᵀ`` [p, p], its columns in the order (half, block).
-    """
-    second = differenced(stages)
-    if stages.p == 1:
-        return second, stages.first
-    blocks, width, _ = stages.second.shape
-    second = second.reshape(blocks, 2, stages.q, width + 1).transpose(1, 0, 2, 3)
-    return second, stages.first.T.reshape(-1, blocks, 2).transpose(0, 2, 1).reshape(stages.p, stages.p)
