@@ -277,12 +277,13 @@ def _fill(
             terms = sided.answered(then, bank, group, products)
         else:
             terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
-        nowhere = other.const(np.zeros(0), np.int64)
         there, absent = [], []
         for product, tail, term in zip(products, tails, terms, strict=True):
             there.append(copied(then, tail, product, then.op("Add", product, term)) if tail else term)
-            rows = other.op("Gather", product, nowhere, axis=0) if not tail else copied(other, tail, product, product)
-            absent.append(rows)
+            if tail:
+                absent.append(copied(other, tail, product, product))
+            else:
+                absent.append(other.op("Gather", product, other.const(np.zeros(0), np.int64), axis=0))
         for value in (*there, *absent):
             value.dtype = ir.DataType.FLOAT
         sums = emitter.when(bank.gate, then, there, other, absent)

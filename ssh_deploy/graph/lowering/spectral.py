@@ -298,19 +298,25 @@ def contribution(
         spread = {out: emitter.op("Concat", sides, emitter.ints(out), axis=0) for out in set(modules.values())}
         single = None  # how many tokens the input has does not say how many these are
     axis = get_transform(bank.axis).axis
-    terms = {"values": bank.values[first], "cols": bank.cols[first]}
+    values, cols = bank.values[first], bank.cols[first]
     pointers = [bank.pointers[table[module]] for module in modules]
     answers: dict[str, ir.Value] = {}
     if bank.single is None:
         z = emitter.op("Reshape", forward(emitter, x, axis.two_stage(n_in), one=one), tokens)
-        w = emitter.op("Mul", emitter.op("Gather", z, terms["cols"], axis=0), terms["values"])
+        w = emitter.op("Mul", emitter.op("Gather", z, cols, axis=0), values)
         sums = emitter.op("Flatten", emitter.op("CumSum", w, emitter.const(2, INT64), exclusive=1), axis=3)
         for (module, out), places in zip(modules.items(), pointers, strict=True):
             y = backward(emitter, emitter.op("Gather", sums, places, axis=0), axis.two_stage(out))
             answers[module] = emitter.op("Reshape", y, spread[out]) if one else y
     else:
         z = forward_together(emitter, x, axis.two_stage(n_in))
-        prefixes = _prefixes(emitter, z, terms, pointers, bank.counts[len(modules)], tokens, single)
+        parts = z, values, cols, pointers, bank.counts[len(modules)]
+        if single is None:
+            prefixes: Sequence[ir.Value] = _prefixes_of_tokens(emitter, *parts, tokens)
+        else:
+            token, many = emitter.branch("token"), emitter.branch("tokens")
+            alone, beside = _prefixes_of_token(token, *parts), _prefixes_of_tokens(many, *parts, tokens)
+            prefixes = emitter.when(single, token, alone, many, beside)
         for (module, out), prefix in zip(modules.items(), prefixes, strict=True):
             answers[module] = emitter.op(
                 "Reshape", backward_together(emitter, prefix, axis.two_stage(out)), spread[out]
@@ -318,34 +324,43 @@ def contribution(
     return [answers[call.module] for call in calls]
 
 
-def _prefixes(
+def _prefixes_of_token(
     emitter: Emitter,
     z: ir.Value,
-    terms: Mapping[str, ir.Value],
+    values: ir.Value,
+    cols: ir.Value,
+    pointers: Sequence[ir.Value],
+    counts: ir.Value,
+) -> list[ir.Value]:
+    """Prefix rows of every site of a group where every batch row has one token, [blocks·(width+1)·batch]."""
+    w = emitter.op("GatherElements", emitter.op("Reshape", z, emitter.ints(-1)), cols, axis=0)
+    w = emitter.op("Reshape", emitter.op("Mul", w, values), counts)
+    sums = emitter.op("Reshape", emitter.op("CumSum", w, emitter.const(1, INT64), exclusive=1), emitter.ints(-1))
+    return _floats(emitter.op("GatherElements", sums, places, axis=0) for places in pointers)
+
+
+def _prefixes_of_tokens(
+    emitter: Emitter,
+    z: ir.Value,
+    values: ir.Value,
+    cols: ir.Value,
     pointers: Sequence[ir.Value],
     counts: ir.Value,
     tokens: ir.Value,
-    single: ir.Value | None,
-) -> Sequence[ir.Value]:
-    """Prefix rows of every site, [blocks·(width+1)·batch, tokens]; without the last side where ``single`` holds."""
+) -> list[ir.Value]:
+    """Prefix rows of every site of a group, [blocks·(width+1)·batch, tokens]; ``tokens`` is (−1, how many)."""
+    w = emitter.op("Gather", emitter.op("Reshape", z, tokens), cols, axis=0)
+    w = emitter.op("Reshape", emitter.op("Mul", w, emitter.op("Unsqueeze", values, emitter.ints(1))), counts)
+    sums = emitter.op("Reshape", emitter.op("CumSum", w, emitter.const(1, INT64), exclusive=1), tokens)
+    return _floats(emitter.op("Gather", sums, places, axis=0) for places in pointers)
 
-    def summed(branch: Emitter, w: ir.Value) -> ir.Value:
-        w = branch.op("Reshape", w, counts)
-        return branch.op("CumSum", w, branch.const(1, INT64), exclusive=1)
 
-    one, many = emitter.branch("token"), emitter.branch("tokens")
-    flat = one.op("GatherElements", one.op("Reshape", z, one.ints(-1)), terms["cols"], axis=0)
-    flat = one.op("Reshape", summed(one, one.op("Mul", flat, terms["values"])), one.ints(-1))
-    alone = [one.op("GatherElements", flat, places, axis=0) for places in pointers]
-    if single is None:
-        many = emitter
-    rows = many.op("Gather", many.op("Reshape", z, tokens), terms["cols"], axis=0)
-    rows = many.op("Mul", rows, many.op("Unsqueeze", terms["values"], many.ints(1)))
-    rows = many.op("Reshape", summed(many, rows), tokens)
-    beside = [many.op("Gather", rows, places, axis=0) for places in pointers]
-    for value in (*alone, *beside):
+def _floats(values: Iterable[ir.Value]) -> list[ir.Value]:
+    """``values``, known to be float32, as the outputs of a branch must be."""
+    found = list(values)
+    for value in found:
         value.dtype = ir.DataType.FLOAT
-    return beside if single is None else emitter.when(single, one, alone, many, beside)
+    return found
 
 
 def _leading(value: ir.Value) -> tuple[object, object] | None:
