@@ -21,10 +21,11 @@ def tensor(name, array):
 PAST = ("past_key_values.0.key", np.zeros(1, np.float32))
 
 
-def graph_of(weights, *, bias=False, past=False):
+def graph_of(weights, *, bias=False, past=False, heads=None):
     """Linear layers {module: W [out, in]} that read one input x [batch, sequence, in]; outputs in order.
 
-    ``past``: with an input as decoders have them, which nothing reads.
+    ``past``: with an input as decoders have them, which nothing reads. ``heads``: so wide, taken apart and turned
+    round, as behind query, key and value: outputs are [batch, out/heads, sequence, heads].
     """
     n_in = next(iter(weights.values())).shape[1]
     x = ir.Value(name="x", shape=ir.Shape(["batch", "sequence", n_in]), type=ir.TensorType(ir.DataType.FLOAT))
@@ -42,6 +43,14 @@ def graph_of(weights, *, bias=False, past=False):
         node.outputs[0].shape = ir.Shape(["batch", "sequence", weight.shape[0]])
         out.name, out.shape = f"{module}.y", ir.Shape(["batch", "sequence", weight.shape[0]])
         node.outputs[0].dtype = out.dtype = ir.DataType.FLOAT
+        if heads is not None:
+            constants.append(tensor(f"{module}.apart", np.array([0, 0, weight.shape[0] // heads, heads])))
+            nodes.append(ir.node("Reshape", [out, constants[-1]], name=f"{module}.reshape"))
+            nodes.append(ir.node("Transpose", nodes[-1].outputs, attributes={"perm": [0, 2, 1, 3]}, name=f"{module}.t"))
+            nodes[-2].outputs[0].name = f"{module}.parts"
+            out = nodes[-1].outputs[0]
+            out.name, out.dtype = f"{module}.heads", ir.DataType.FLOAT
+            out.shape = ir.Shape(["batch", weight.shape[0] // heads, "sequence", heads])
         outputs.append(out)
     inputs = [x]
     if past:
@@ -59,10 +68,10 @@ def session_of(model, *, threads=2):
 class Case:
     """A graph with slots on all its layers, beside the same graph without."""
 
-    def __init__(self, weights, *, kinds=("hartley",), dtype="float16", bias=False, threads=2, past=False):
-        self.weights = weights
-        self.plain = session_of(graph_of(weights, bias=bias), threads=threads)
-        model, self.past = graph_of(weights, bias=bias, past=past), dict([PAST] if past else [])
+    def __init__(self, weights, *, kinds=("hartley",), dtype="float16", bias=False, threads=2, past=False, heads=None):
+        self.weights, self.heads = weights, heads
+        self.plain = session_of(graph_of(weights, bias=bias, heads=heads), threads=threads)
+        model, self.past = graph_of(weights, bias=bias, past=past, heads=heads), dict([PAST] if past else [])
         slotted = add_slots(model, Plan(tuple(weights), kinds, (), frozenset(), dtype))
         self.layout = Layout(slotted.table, kinds, (), dtype, GUARD, {})
         self.slots = session_of(model, threads=threads)
@@ -90,7 +99,10 @@ class Case:
                 delta.transform, delta.rows, delta.cols, values, delta.shape, alpha=delta.alpha, norm=delta.norm
             )
             assert dense.shape == self.weights[module].shape
-            answers.append(plain + x @ dense.T)
+            term = x @ dense.T
+            if self.heads is not None:
+                term = term.reshape(*term.shape[:2], -1, self.heads).transpose(0, 2, 1, 3)
+            answers.append(plain + term)
         return answers
 
 

@@ -22,15 +22,15 @@ import onnx_ir as ir
 from ssh_deploy.errors import GraphError, SlotError, near_misses
 from ssh_deploy.graph.emitter import Constants, Emitter
 from ssh_deploy.graph.lowering import head as heads
-from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral
+from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral, spectral_bank
 from ssh_deploy.graph.lowrank_rows import A, B, sites_by_width
 from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
 from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
-from ssh_deploy.graph.tails import copied, rename_output, replace_tail, tail_of
+from ssh_deploy.graph.tails import Tail, copied, rename_output, replace_tail, tail_of
 
-Bank = spectral.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
+Bank = spectral_bank.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _spectral_bank(
     plan: Plan,
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
-) -> spectral.SpectralBank:
+) -> spectral_bank.SpectralBank:
     prefix = AXES[kind]
     dims = prefix.removeprefix("adapter_")
     sides: tuple[int | str, ...] = (f"{dims}adapters", len(shapes), f"{dims}coefficients")
@@ -186,8 +186,8 @@ def _spectral_bank(
         pointers[out] = _input(graph, name, ir.DataType.UINT16, rows, default, plan)
     single = any((value.name or "").startswith("past_key_values") for value in graph.inputs)
     like = graph.inputs[0]
-    return spectral.prepare(
-        emitter, kind, inputs, pointers, ids, like=like, shapes=shapes, groups=groups, together=single
+    return spectral_bank.prepare(
+        emitter, kind, inputs, pointers, ids, like=like, shapes=shapes, groups=groups, by_row=single
     )
 
 
@@ -263,34 +263,37 @@ def _fill(
 ) -> None:
     """Add the contributions of all banks to the results of one group of calls."""
     for bank in banks:
-        kind = bank.axis if isinstance(bank, spectral.SpectralBank) else bank.kind
+        kind = bank.axis if isinstance(bank, spectral_bank.SpectralBank) else bank.kind
         emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
         products = [_current(call) for call in group]
-        tails = [tail_of(product) if bank is banks[-1] else [] for product in products]
+        tails = [
+            Tail(product, tail_of(product) if bank is banks[-1] else [], call.outputs)
+            for product, call in zip(products, group, strict=True)
+        ]
         users = [list(product.uses()) for product in products]
-        if isinstance(bank, spectral.SpectralBank):
-            terms = spectral.contribution(then, bank, group, table)
+        if isinstance(bank, spectral_bank.SpectralBank):
+            there = _joined(then, tails, spectral.contribution(then, bank, group, table))
         elif isinstance(bank, sparse.SparseBank):
-            terms = sparse.contribution(then, bank, group, table)
+            there = _joined(then, tails, sparse.contribution(then, bank, group, table))
         elif isinstance(bank, sided.SidedBank):
-            terms = sided.answered(then, bank, group, products)
+            there = _joined(then, tails, sided.answered(then, bank, group, products))
         else:
-            terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
-        there, absent = [], []
-        for product, tail, term in zip(products, tails, terms, strict=True):
-            there.append(copied(then, tail, product, then.op("Add", product, term)) if tail else term)
-            if tail:
-                absent.append(copied(other, tail, product, product))
-            else:
-                absent.append(other.op("Gather", product, other.const(np.zeros(0), np.int64), axis=0))
-        for value in (*there, *absent):
-            value.dtype = ir.DataType.FLOAT
-        sums = emitter.when(bank.gate, then, there, other, absent)
+            there = _joined(then, tails, lowrank.contribution(then, bank, group, _site_places(table, shapes)))
+        absent = [
+            copied(other, tail.nodes, tail.product, tail.product)
+            if tail.nodes
+            else other.op("Gather", tail.product, other.const(np.zeros(0), np.int64), axis=0)
+            for tail in tails
+        ]
+        if isinstance(bank, spectral_bank.SpectralBank) and spectral.knows_single(bank, group):
+            sums = _single_first(emitter, bank, group, table, tails, (then, there, other, absent))
+        else:
+            sums = _either(emitter, bank.gate, then, there, other, absent)
         graph.extend(emitter.nodes)  # sorted in the end
         for call, product, value, tail, uses in zip(group, products, sums, tails, users, strict=True):
-            if tail:
-                replace_tail(graph, tail, value)
+            if tail.nodes:
+                replace_tail(graph, tail.nodes, value)
                 continue
             add = Emitter(constants, f"adapter/{kind}/{call.module}/add")
             total = add.op("ScatterND", product, bank.batch, value, reduction="add")
@@ -301,6 +304,41 @@ def _fill(
             for node, i in uses:
                 node.replace_input_with(i, total)
             rename_output(graph, product, total)
+
+
+def _single_first(
+    emitter: Emitter,
+    bank: spectral_bank.SpectralBank,
+    group: Sequence[Call],
+    table: Mapping[str, int],
+    tails: Sequence[Tail],
+    branches: tuple[Emitter, Sequence[ir.Value], Emitter, Sequence[ir.Value]],
+) -> Sequence[ir.Value]:
+    """One token a batch row with its adapter, before the ``branches`` of all else: (there, its values, absent, its)."""
+    token, rest = emitter.branch("token"), emitter.branch("rest")
+    sides = [tail.token_sides for tail in tails]
+    terms = spectral.single_contribution(token, bank, group, table, sides)
+    alone = [tail.joined_token(token, term) for tail, term in zip(tails, terms, strict=True)]
+    assert isinstance(bank.places, spectral_bank.RowPlaces)
+    return _either(emitter, bank.places.single, token, alone, rest, _either(rest, bank.gate, *branches))
+
+
+def _either(
+    emitter: Emitter,
+    gate: ir.Value,
+    then: Emitter,
+    there: Sequence[ir.Value],
+    other: Emitter,
+    absent: Sequence[ir.Value],
+) -> Sequence[ir.Value]:
+    """`Emitter.when` of float32 results."""
+    for value in (*there, *absent):
+        value.dtype = ir.DataType.FLOAT
+    return emitter.when(gate, then, there, other, absent)
+
+
+def _joined(emitter: Emitter, tails: Sequence[Tail], terms: Sequence[ir.Value]) -> list[ir.Value]:
+    return [tail.joined(emitter, term) for tail, term in zip(tails, terms, strict=True)]
 
 
 def _current(call: Call) -> ir.Value:

@@ -3,17 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from ssh_deploy.graph.emitter import Emitter
 
 
-def tail_of(product: ir.Value) -> list[ir.Node]:
-    """The nodes that alone read ``product`` one after another up to a Transpose; empty when there is none.
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """A product, ``out`` wide, and the nodes that alone read it, one after another up to a Transpose; maybe none.
 
     That is what follows query, key and value: the bias, then the heads taken apart.
     """
+
+    product: ir.Value
+    nodes: Sequence[ir.Node]
+    out: int
+
+    def joined(self, emitter: Emitter, term: ir.Value) -> ir.Value:
+        """The tail of product + ``term``, in a branch; ``term`` itself where there is no tail."""
+        if not self.nodes:
+            return term
+        return copied(emitter, self.nodes, self.product, emitter.op("Add", self.product, term))
+
+    @property
+    def token_sides(self) -> tuple[int, ...]:
+        """Sides after the batch's that a term of one token a batch row has for `joined_token`.
+
+        They are (heads, 1, width) where the tail takes heads apart, and (1, out) elsewhere.
+        """
+        shape = self.nodes[-1].outputs[0].shape if self.nodes else None
+        if shape is None or len(shape) != 4 or len(self.nodes) < 2 or self.nodes[-2].op_type != "Reshape":
+            return 1, self.out
+        swapped = self.nodes[-1].attributes["perm"].as_ints() if "perm" in self.nodes[-1].attributes else ()
+        heads, each = shape[1], shape[3]
+        if list(swapped) != [0, 2, 1, 3] or not isinstance(heads, int) or not isinstance(each, int):
+            return 1, self.out
+        return heads, 1, each
+
+    def joined_token(self, emitter: Emitter, term: ir.Value) -> ir.Value:
+        """As `joined`, for ``term`` [batch, token_sides]: with one token, turning the heads round moves nothing."""
+        if len(self.token_sides) == 2:
+            return self.joined(emitter, term)
+        value = copied(emitter, self.nodes[:-2], self.product, self.product)
+        value = emitter.op("Reshape", value, emitter.ints(-1, *self.token_sides))
+        return emitter.op("Add", value, term)
+
+
+def tail_of(product: ir.Value) -> list[ir.Node]:
+    """The nodes of the `Tail` of ``product``."""
     tail: list[ir.Node] = []
     value = product
     while not value.is_graph_output() and len(users := list(value.uses())) == 1 and users[0].idx == 0:

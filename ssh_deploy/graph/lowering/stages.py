@@ -1,16 +1,17 @@
 """One-dimensional transforms as MatMuls of the graph: F x on the way in, Fᵀ of prefix rows on the way out.
 
-In two forms. Batch rows *apart*: a row's activation is turned round once and stays on its own, so that what one core
-makes of it lies in that core's cache when the next step wants it. Batch rows *together*, for graphs that read single
-tokens, where eight products of one column each take four times as long as one of eight columns: the first factor
-forward is small products on x as it lies, and what the second needs the other way round onnxruntime fuses into its
-MatMul (FusedMatMul).
+In two forms. For many tokens they are the last axis, and a row's activation is turned round once and stays on its own,
+so that what one core makes of it lies in that core's cache when the next step wants it. For one token a batch row
+nothing is turned: each product is a vector's, and what counts is how few nodes there are, every one a cold start
+between two layers that stream their weights through the caches. So the sites of a group share the way back, too.
 
 The way out reads prefix sums P instead of t, ``t[u] = P[u+1] − P[u]`` (`lowering.spectral` says why): the difference is
 linear, so it lives inside the first factor, which then takes 2q+1 prefix rows for 2q outputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -20,8 +21,6 @@ from ssh_deploy.graph.emitter import Emitter
 from ssh_deploy.transforms.base import TwoStage
 
 FLOAT = np.float32
-#: Widest transform of single tokens that is one product: its matrix is read in the time of the nodes that it saves.
-_DENSE = 256
 
 
 def forward(emitter: Emitter, x: ir.Value, stages: TwoStage, *, one: bool) -> ir.Value:
@@ -40,8 +39,8 @@ def forward(emitter: Emitter, x: ir.Value, stages: TwoStage, *, one: bool) -> ir
     return emitter.op("MatMul", emitter.const(stages.second, FLOAT), x)
 
 
-def forward_together(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
-    """F x for x [batch, tokens, n], as [.., .., batch·tokens] in the stages' order."""
+def forward_token(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
+    """F x for x of one token a batch row, any shape with batch·n numbers, as [batch, n] in the stages' order."""
     if stages.permutation is not None:
         x = emitter.op("Reshape", x, emitter.ints(-1, stages.n))
         x = emitter.op("Gather", x, emitter.ints(*stages.permutation.tolist()), axis=1)
@@ -49,9 +48,9 @@ def forward_together(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Valu
         x = emitter.op("Reshape", x, emitter.ints(-1, stages.p, stages.q))
         x = emitter.op("MatMul", emitter.const(stages.first, FLOAT), x)
     blocks, width, _ = stages.second.shape
-    x = emitter.op("Reshape", x, emitter.ints(-1, blocks, width))
-    # a MatMul that reads its second factor turned round: onnxruntime fuses the two
-    return emitter.op("MatMul", emitter.const(stages.second, FLOAT), emitter.op("Transpose", x, perm=[1, 2, 0]))
+    x = emitter.op("Reshape", x, emitter.ints(-1, blocks, 1, width))
+    x = emitter.op("MatMul", x, emitter.const(stages.second.transpose(0, 2, 1), FLOAT))
+    return emitter.op("Reshape", x, emitter.ints(-1, stages.n))
 
 
 def backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
@@ -67,36 +66,44 @@ def backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
     return y
 
 
-def backward_together(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
-    """Fᵀ t for prefix rows [1, blocks, width+1, batch, tokens] of t, as [batch·tokens, n] or with n taken apart."""
-    blocks, width, _ = stages.second.shape
-    if stages.n <= _DENSE:
-        rows = emitter.op("Reshape", prefix, emitter.ints(blocks * (width + 1), -1))
-        return emitter.op("MatMul", emitter.op("Transpose", rows, perm=[1, 0]), emitter.const(composed(stages), FLOAT))
-    second, first = backward_factors(stages)
-    y = emitter.op("Reshape", prefix, emitter.ints(blocks, width + 1, -1))
-    y = emitter.op("MatMul", emitter.const(second, FLOAT), y)
-    y = emitter.op("Transpose", emitter.op("Reshape", y, emitter.ints(stages.p, stages.q, -1)), perm=[2, 0, 1])
-    if stages.p > 1:
+def backward_token(
+    emitter: Emitter, prefix: ir.Value, sites: Sequence[TwoStage], sides: Sequence[tuple[int, ...]]
+) -> Sequence[ir.Value]:
+    """Fᵀ t of several sites, for prefix rows [batch, Σ blocks·(width+1)] of one token a batch row.
+
+    Args:
+        emitter: to append to.
+        prefix: rows of t, those of one site after those of another.
+        sites: stages of each, all of one width: they share every product.
+        sides: of each, after the batch's, of the result; their product is n.
+    """
+    lengths, (_, width, _) = [stages.p for stages in sites], sites[0].second.shape
+    if len(set(lengths)) == 1:  # of one n: the sites stand side by side like batch rows, and read the factors once
+        second, first = differenced(sites[0]), sites[0].first.T
+        shape, side = [len(sites), len(second)], [len(sites), lengths[0]]
+    else:
+        second = np.concatenate([differenced(stages) for stages in sites])
+        first = _diagonal([stages.first.T for stages in sites])
+        shape, side = [len(second)], [sum(lengths)]
+    y = emitter.op("Reshape", prefix, emitter.ints(-1, *shape, 1, width + 1))
+    y = emitter.op("MatMul", y, emitter.const(second.transpose(0, 2, 1), FLOAT))
+    if lengths[0] > 1:
+        y = emitter.op("Reshape", y, emitter.ints(-1, *side, sites[0].q))
         y = emitter.op("MatMul", emitter.const(first, FLOAT), y)
-    if stages.permutation is not None:
-        y = emitter.op("Reshape", y, emitter.ints(-1, stages.n))
-        y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=1)
-    return y
-
-
-def composed(stages: TwoStage) -> NDArray[np.float64]:
-    """What `backward_together` makes of prefix rows, as one matrix f64 [blocks·(width+1), n]: y = Pᵀ times it."""
-    second, first = backward_factors(stages)
-    blocks, width, _ = stages.second.shape
-    dense = second[0].T
-    if stages.p > 1:
-        apart = np.zeros((2, blocks, stages.q, blocks, width + 1))  # each block reads its own window
-        for block in range(blocks):
-            apart[:, block, :, block] = second[:, block]
-        apart = apart.reshape(stages.p, stages.q, -1)
-        dense = np.einsum("op,pqr->roq", first, apart).reshape(-1, stages.n)
-    return dense if stages.permutation is None else dense[:, np.argsort(stages.permutation)]
+    natural, start = list[int](), 0
+    for stages in sites:
+        own = np.arange(stages.n) if stages.permutation is None else np.argsort(stages.permutation)
+        natural += (start + own).tolist()
+        start += stages.n
+    if natural != list(range(start)):
+        y = emitter.op("Gather", emitter.op("Reshape", y, emitter.ints(-1, start)), emitter.ints(*natural), axis=1)
+    if len({own[1:] for own in sides}) == 1:
+        counts = [own[0] for own in sides]
+        y = emitter.op("Reshape", y, emitter.ints(-1, sum(counts), *sides[0][1:]))
+        return emitter.ops("Split", y, emitter.ints(*counts), outputs=len(sites), axis=1) if len(sites) > 1 else [y]
+    y = emitter.op("Reshape", y, emitter.ints(-1, start))
+    parts = emitter.ops("Split", y, emitter.ints(*[stages.n for stages in sites]), outputs=len(sites), axis=1)
+    return [emitter.op("Reshape", part, emitter.ints(-1, *own)) for part, own in zip(parts, sides, strict=True)]
 
 
 def differenced(stages: TwoStage) -> NDArray[np.float64]:
@@ -106,16 +113,10 @@ def differenced(stages: TwoStage) -> NDArray[np.float64]:
     return np.concatenate([edge, turned], axis=2) - np.concatenate([turned, edge], axis=2)
 
 
-def backward_factors(stages: TwoStage) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The factors of Fᵀ as `backward_together` takes them.
-
-    Returns:
-        `differenced` as [2, blocks, q, width+1], the halves of each block's outputs apart ([1, n, n+1] with ``p = 1``);
-        and ``firstᵀ`` [p, p], its columns in the order (half, block).
-    """
-    second = differenced(stages)
-    if stages.p == 1:
-        return second, stages.first
-    blocks, width, _ = stages.second.shape
-    second = second.reshape(blocks, 2, stages.q, width + 1).transpose(1, 0, 2, 3)
-    return second, stages.first.T.reshape(-1, blocks, 2).transpose(0, 2, 1).reshape(stages.p, stages.p)
+def _diagonal(blocks: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The block-diagonal matrix of square ``blocks``."""
+    ends = np.cumsum([len(block) for block in blocks])
+    found = np.zeros((ends[-1], ends[-1]))
+    for block, end in zip(blocks, ends.tolist(), strict=True):
+        found[end - len(block) : end, end - len(block) : end] = block
+    return found

@@ -1,0 +1,301 @@
+"""What the graph makes once a run of an axis kernel's bank: the batch's rows of it, checked, as flat places.
+
+Every group of sites reads its part of it (`lowering.spectral`). All of it stands behind one If, so that without an
+adapter nothing is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import onnx_ir as ir
+
+from ssh_deploy.graph.emitter import Emitter
+from ssh_deploy.transforms import get_transform
+
+INT32, INT64, FLOAT = np.int32, np.int64, np.float32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Places:
+    """Coefficients for any number of tokens, which are the last axis.
+
+    By first site of a group of g sites: ``values`` f32 [batch, g, n+1, 1], scaled, one zero at the end, and ``cols``
+    int32 [batch, g, n+1], places in the flattened [batch·in] rows of z. By site: ``pointers`` int32 [batch, 1, blocks,
+    width+1], places in the flattened [batch·g·(n+1)] rows of the group's prefix sums.
+    """
+
+    values: Mapping[int, ir.Value]
+    cols: Mapping[int, ir.Value]
+    pointers: Mapping[int, ir.Value]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowPlaces:
+    """Coefficients as one token a batch row wants them: places in the batch row's own numbers.
+
+    ``single`` is true when an adapter is there and the input is one token a batch row.
+
+    By first site of a group of g sites: ``values`` f32 and ``cols`` int32 [batch, g·(n+1)]. By first site and `form`:
+    ``windows`` int32 [batch, Σ blocks·(width+1)], places in the group's g·(n+1) prefix sums, of the group's sites of
+    that form one after another. ``number`` int32 [batch, 1, 1] counts the batch rows, ``length`` int32 [1] is n+1.
+    """
+
+    single: ir.Value
+    values: Mapping[int, ir.Value]
+    cols: Mapping[int, ir.Value]
+    windows: Mapping[tuple[int, tuple[int, int]], ir.Value]
+    number: ir.Value
+    length: ir.Value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpectralBank:
+    """Optional inputs of one axis kernel, and what the graph makes of them for a batch.
+
+    ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
+    [0, 1]). ``lead``: (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens).
+    ``places`` are `RowPlaces` in graphs of single tokens.
+    """
+
+    axis: str
+    gate: ir.Value
+    batch: ir.Value
+    lead: tuple[object, object]
+    tokens: ir.Value
+    places: Places | RowPlaces
+
+
+def prepare(
+    emitter: Emitter,
+    axis: str,
+    inputs: Mapping[str, ir.Value],
+    pointers: Mapping[int, ir.Value],
+    ids: ir.Value,
+    *,
+    like: ir.Value,
+    shapes: Sequence[tuple[int, int]],
+    groups: Sequence[int],
+    by_row: bool,
+) -> SpectralBank:
+    """Emit what all sites share, once a run: the batch's rows of the bank, places in flat arrays, checks, lengths.
+
+    Args:
+        emitter: of the outermost graph.
+        axis: name of the axis kernel.
+        inputs: ``values``, ``scales``, ``cols``.
+        pointers: by out, of its sites.
+        ids: rows of the bank, one or one a batch row, int64, none negative.
+        like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
+        shapes: (out, in) of every site.
+        groups: sizes of the groups, whose sites follow one another.
+        by_row: the graph reads single tokens, `RowPlaces` are wanted.
+    """
+    # of the places, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
+    gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
+    # outside the branch: ids beyond the bank are an error even when nothing is fed
+    found = emitter.op("Gather", inputs["scales"], ids, axis=0)
+    then = emitter.branch("rows")
+    batch = then.op("Shape", like, start=0, end=1)
+    ids = then.op("Reshape", then.op("Expand", ids, batch), batch)
+    rows = then.op("Range", then.const(0, INT64), then.op("Size", ids), then.const(1, INT64))
+    number = then.op("Reshape", then.op("Cast", rows, to=ir.DataType.INT32), then.ints(-1, 1, 1))
+    scales = then.op("Expand", found, then.op("Concat", batch, then.ints(1), axis=0))
+    values, cols, own = _fetched(then, inputs, pointers, ids, scales)
+    length = then.op("Shape", cols, start=2, end=3)
+    n = then.op("Cast", length, to=ir.DataType.INT32)
+    nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
+    number = then.op("Add", number, nil)
+    windows = {out: _windows(then, axis, out, value) for out, value in own.items()}
+    size = then.op("Shape", like, start=1, end=2)
+    longs = [then.op("Unsqueeze", rows, then.ints(1)), then.op("Concat", then.ints(-1), size, axis=0)]
+    parts, wholes = then.ints(*groups), list[ir.Value]()
+    forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
+    places: dict[int, ir.Value] = {}
+    if by_row:
+        forms = _windows_of_groups(then, axis, windows, n, [shape[0] for shape in shapes], groups)
+        values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
+        parts = then.op("Mul", parts, length)
+        wholes = [*forms.values(), number, n]
+    else:
+        values = then.op("Unsqueeze", values, then.ints(3))
+        first = then.const([[[inn] for _, inn in shapes]], INT32)
+        cols = then.op("Add", cols, then.op("Mul", number, first))
+        for out, value in windows.items():
+            sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
+            flat = _flat_windows(then, value, number, n, sites, groups)
+            places |= zip(
+                sites, then.ops("Split", flat, outputs=len(sites), axis=1, num_outputs=len(sites)), strict=True
+            )
+        wholes = list(places.values())
+    floats, ints = (then.ops("Split", array, parts, outputs=len(groups), axis=1) for array in (values, cols))
+    made = _behind(emitter, gate, then, {INT64: longs, FLOAT: floats, INT32: [*ints, *wholes]})
+    lead = leading(like)
+    assert lead is not None
+    counted, tokens = next(made), next(made)
+    firsts = np.cumsum([0, *groups[:-1]]).tolist()
+    of_values, of_cols = (dict(zip(firsts, islice(made, len(groups)), strict=True)) for _ in range(2))
+    if by_row:
+        of_forms = dict(zip(forms, islice(made, len(forms)), strict=True))
+        number, n = made
+        single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
+        single = emitter.op("And", gate, single)
+        return SpectralBank(
+            axis, gate, counted, lead, tokens, RowPlaces(single, of_values, of_cols, of_forms, number, n)
+        )
+    return SpectralBank(
+        axis, gate, counted, lead, tokens, Places(of_values, of_cols, dict(zip(places, made, strict=True)))
+    )
+
+
+def form(axis: str, out: int) -> tuple[int, int]:
+    """Sites of one form share the products of the way back: q and the width of its blocks."""
+    (p, q), _ = get_transform(axis).axis.output_order(out)
+    return q, q if p == 1 else 2 * q
+
+
+def _fetched(
+    emitter: Emitter,
+    inputs: Mapping[str, ir.Value],
+    pointers: Mapping[int, ir.Value],
+    ids: ir.Value,
+    scales: ir.Value,
+) -> tuple[ir.Value, ir.Value, dict[int, ir.Value]]:
+    """The batch's rows of the bank: values, scaled, and columns [batch, sites, n+1], a zero last; pointers by out."""
+    end = emitter.ints(0, 0, 0, 0, 0, 1)
+    values = emitter.op("Cast", emitter.op("Gather", inputs["values"], ids, axis=0), to=ir.DataType.FLOAT)
+    values = emitter.op("Mul", values, emitter.op("Unsqueeze", scales, emitter.ints(2)))
+    cols = emitter.op("Cast", emitter.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
+    own = {out: emitter.op("Gather", value, ids, axis=0) for out, value in pointers.items()}
+    own = {out: emitter.op("Cast", value, to=ir.DataType.INT32) for out, value in own.items()}
+    return emitter.op("Pad", values, end), emitter.op("Pad", cols, end), own
+
+
+def _behind(
+    emitter: Emitter, gate: ir.Value, then: Emitter, results: Mapping[type, Sequence[ir.Value]]
+) -> Iterator[ir.Value]:
+    """``results`` of ``then`` by dtype, one after another, or as many without elements where ``gate`` is false.
+
+    Every output of a branch wants a node of that branch: here one node for all of a dtype.
+    """
+    other = emitter.branch("none")
+    none: list[ir.Value] = []
+    for kind, values in results.items():
+        if not values:
+            continue
+        shape = (0, 1) if kind is INT64 else (0,)  # the batch's row numbers have two sides
+        empty = other.const(np.zeros(shape), kind)
+        none += other.ops("Split", empty, other.ints(*[0] * len(values)), outputs=len(values), axis=0)
+        for value in (*values, *none[-len(values) :]):
+            value.dtype = ir.DataType.from_numpy(np.dtype(kind))
+    return iter(emitter.when(gate, then, [value for values in results.values() for value in values], other, none))
+
+
+def _checked(
+    emitter: Emitter,
+    cols: ir.Value,
+    pointers: Iterable[ir.Value],
+    n: ir.Value,
+    *,
+    shapes: Sequence[tuple[int, int]],
+    small: bool,
+) -> ir.Value:
+    """An int32 zero [1] that cannot be had when a place lies outside its weight or a pointer beyond P.
+
+    ``small``: columns were unsigned. Pointers always are.
+    """
+    highest = emitter.const(np.array([[inn - 1 for _, inn in shapes]]), INT32)
+    room = [emitter.op("Sub", highest, emitter.op("ReduceMax", cols, emitter.ints(2), keepdims=0))]
+    if not small:
+        room.append(cols)
+    room = [emitter.op("ReduceMin", value, keepdims=0) for value in room]
+    last = emitter.op("Squeeze", emitter.op("Sub", n, emitter.const([1], INT32)))
+    room += [emitter.op("Sub", last, emitter.op("ReduceMax", value, keepdims=0)) for value in pointers]
+    broken = emitter.op(
+        "Cast", emitter.op("Less", emitter.op("Min", *room), emitter.const(0, INT32)), to=ir.DataType.INT64
+    )
+    return emitter.op("Gather", emitter.const([0], INT32), emitter.op("Reshape", broken, emitter.ints(1)), axis=0)
+
+
+def _windows(emitter: Emitter, axis: str, out: int, pointers: ir.Value) -> ir.Value:
+    """``pointers`` [batch, sites, out+1] as each block of the way back takes them: [batch, sites, blocks, width+1]."""
+    blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
+    along, step = emitter.ints(2), emitter.ints(width)
+    own = emitter.op("Slice", pointers, emitter.ints(0), emitter.ints(out), along)
+    edge = emitter.op("Slice", pointers, step, emitter.ints(out + 1), along, step)
+    own = emitter.op("Reshape", own, emitter.ints(0, 0, blocks, width))
+    return emitter.op("Concat", own, emitter.op("Unsqueeze", edge, emitter.ints(3)), axis=3)
+
+
+def _flat_windows(
+    emitter: Emitter,
+    windows: ir.Value,
+    number: ir.Value,
+    n: ir.Value,
+    sites: Sequence[int],
+    groups: Sequence[int],
+) -> ir.Value:
+    """``windows`` of ``sites`` as places in the flattened rows of prefix sums: (batch row, site of its group, row)."""
+    number = emitter.op("Unsqueeze", number, emitter.ints(3))
+    size = emitter.const(np.repeat(groups, groups)[sites].reshape(1, -1, 1, 1), INT32)
+    start = emitter.op("Add", emitter.op("Mul", number, size), _within(emitter, sites, groups))
+    return emitter.op("Add", windows, emitter.op("Mul", start, n))
+
+
+def _within(emitter: Emitter, sites: Sequence[int], groups: Sequence[int]) -> ir.Value:
+    """Which of its group each of ``sites`` is, int32 [1, sites, 1, 1]."""
+    return emitter.const(np.concatenate([np.arange(g) for g in groups])[sites].reshape(1, -1, 1, 1), INT32)
+
+
+def _windows_of_groups(
+    emitter: Emitter,
+    axis: str,
+    windows: Mapping[int, ir.Value],
+    n: ir.Value,
+    outs: Sequence[int],
+    groups: Sequence[int],
+) -> dict[tuple[int, tuple[int, int]], ir.Value]:
+    """``windows`` by out as `RowPlaces` has them, by group and form.
+
+    Put in the groups' order a whole block of places at a time, all of a form at once: a run of the graph does nothing
+    for a single group but cut its part off.
+    """
+    forms = {out: form(axis, out) for out in windows}
+    starts = np.repeat(np.cumsum([0, *groups[:-1]]), groups).tolist()
+    found: dict[tuple[int, tuple[int, int]], ir.Value] = {}
+    for one in dict.fromkeys(forms.values()):
+        parts, blocks, place = [], dict[int, list[int]](), 0
+        for out, value in windows.items():
+            if forms[out] != one:
+                continue
+            sites = [i for i, width in enumerate(outs) if width == out]
+            shifted = emitter.op("Add", value, emitter.op("Mul", _within(emitter, sites, groups), n))
+            parts.append(emitter.op("Reshape", shifted, emitter.ints(0, -1, one[1] + 1)))
+            each = out // one[1]
+            for site in sites:
+                blocks[site] = list(range(place, place + each))
+                place += each
+        whole = emitter.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
+        order = [block for site in sorted(blocks) for block in blocks[site]]
+        if order != list(range(place)):
+            whole = emitter.op("Gather", whole, emitter.ints(*order), axis=1)
+        lengths: dict[int, int] = {}
+        for site, mine in blocks.items():
+            lengths[starts[site]] = lengths.get(starts[site], 0) + len(mine) * (one[1] + 1)
+        cuts = [lengths[start] for start in sorted(lengths)]
+        whole = emitter.op("Reshape", whole, emitter.ints(0, -1))
+        each_group = emitter.ops("Split", whole, emitter.ints(*cuts), outputs=len(cuts), axis=1)
+        found |= {(start, one): value for start, value in zip(sorted(lengths), each_group, strict=True)}
+    return found
+
+
+def leading(value: ir.Value) -> tuple[object, object] | None:
+    """The first two sides, None where they are not known."""
+    sides = value.shape
+    if sides is None or len(sides) < 2:
+        return None
+    found = tuple(side if isinstance(side, int) else side.value for side in sides[:2])
+    return None if None in found else (found[0], found[1])
