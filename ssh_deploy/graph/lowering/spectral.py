@@ -16,7 +16,7 @@ sums, P[k] = Σ w over coefficients before k, at the ends of the row that the CS
     t[u] = P[r[u+1]] − P[r[u]]
 
 The difference is linear, so it lives inside the first factor of the way back (`stages`). The cost of the prefix sums is
-their rounding: about 2⁻²⁴·√n of the largest |w|.
+their rounding: about 2⁻²⁴·√n of the largest |w|, with one token n and w of all sites of the group.
 
 **One token or many** (`stages`, `RowPlaces`). With one token a place is one number, which GatherElements fetches from
 its batch row six times faster than Gather, which copies runs (1.5 and 9.7 µs for 1,502 numbers; 10 and 38 for eight
