@@ -72,11 +72,17 @@ class Emitter:
         then_outputs: Sequence[ir.Value],
         other: Emitter,
         outputs: Sequence[ir.Value],
+        *,
+        dtype: ir.DataType | None = None,
     ) -> Sequence[ir.Value]:
         """Append ``If(condition)``; both branches give as many outputs of equal dtypes.
 
-        ORT takes as a branch's output only what a node of that branch made.
+        ORT takes as a branch's output only what a node of that branch made. ``dtype``: of all of them, where they do
+        not know it themselves.
         """
+        if dtype is not None:
+            for value in (*then_outputs, *outputs):
+                value.dtype = dtype
         branches = {}
         for key, body, results in (("then_branch", then, then_outputs), ("else_branch", other, outputs)):
             branches[key] = ir.Graph([], list(results), nodes=body.nodes, name=f"{self._scope}/{key}")

@@ -33,8 +33,7 @@ def choose_positions(model: ir.Model, call: Call) -> None:
     then, other = emitter.branch("some"), emitter.branch("all")
     some = then.op("GatherND", call.activation, then.op("Unsqueeze", wanted, then.ints(2)), batch_dims=1)
     every = other.op("Identity", call.activation)
-    some.dtype = every.dtype = ir.DataType.FLOAT
-    (read,) = emitter.when(asked, then, [some], other, [every])
+    (read,) = emitter.when(asked, then, [some], other, [every], dtype=ir.DataType.FLOAT)
     read.shape = ir.Shape(["batch", "positions", call.inputs])
     call.reader.replace_input_with(0, read)
     graph.insert_before(call.reader, emitter.nodes)

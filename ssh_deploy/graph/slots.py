@@ -286,10 +286,16 @@ def _fill(
             else other.op("Gather", tail.product, other.const(np.zeros(0), np.int64), axis=0)
             for tail in tails
         ]
-        if isinstance(bank, spectral_bank.SpectralBank) and spectral.knows_single(bank, group):
-            sums = _single_first(emitter, bank, group, table, tails, (then, there, other, absent))
-        else:
-            sums = _either(emitter, bank.gate, then, there, other, absent)
+        single = spectral.single_gate(bank, group) if isinstance(bank, spectral_bank.SpectralBank) else None
+        # one token with its adapter first: it is to pass one If only
+        rest = emitter if single is None else emitter.branch("rest")
+        sums = rest.when(bank.gate, then, there, other, absent, dtype=ir.DataType.FLOAT)
+        if single is not None:
+            assert isinstance(bank, spectral_bank.SpectralBank)
+            token, sides = emitter.branch("token"), [tail.token_sides for tail in tails]
+            terms = spectral.single_contribution(token, bank, group, table, sides)
+            alone = [tail.joined_token(token, term) for tail, term in zip(tails, terms, strict=True)]
+            sums = emitter.when(single, token, alone, rest, sums, dtype=ir.DataType.FLOAT)
         graph.extend(emitter.nodes)  # sorted in the end
         for call, product, value, tail, uses in zip(group, products, sums, tails, users, strict=True):
             if tail.nodes:
@@ -304,37 +310,6 @@ def _fill(
             for node, i in uses:
                 node.replace_input_with(i, total)
             rename_output(graph, product, total)
-
-
-def _single_first(
-    emitter: Emitter,
-    bank: spectral_bank.SpectralBank,
-    group: Sequence[Call],
-    table: Mapping[str, int],
-    tails: Sequence[Tail],
-    branches: tuple[Emitter, Sequence[ir.Value], Emitter, Sequence[ir.Value]],
-) -> Sequence[ir.Value]:
-    """One token a batch row with its adapter, before the ``branches`` of all else: (there, its values, absent, its)."""
-    token, rest = emitter.branch("token"), emitter.branch("rest")
-    sides = [tail.token_sides for tail in tails]
-    terms = spectral.single_contribution(token, bank, group, table, sides)
-    alone = [tail.joined_token(token, term) for tail, term in zip(tails, terms, strict=True)]
-    assert isinstance(bank.places, spectral_bank.RowPlaces)
-    return _either(emitter, bank.places.single, token, alone, rest, _either(rest, bank.gate, *branches))
-
-
-def _either(
-    emitter: Emitter,
-    gate: ir.Value,
-    then: Emitter,
-    there: Sequence[ir.Value],
-    other: Emitter,
-    absent: Sequence[ir.Value],
-) -> Sequence[ir.Value]:
-    """`Emitter.when` of float32 results."""
-    for value in (*there, *absent):
-        value.dtype = ir.DataType.FLOAT
-    return emitter.when(gate, then, there, other, absent)
 
 
 def _joined(emitter: Emitter, tails: Sequence[Tail], terms: Sequence[ir.Value]) -> list[ir.Value]:

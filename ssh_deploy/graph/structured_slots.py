@@ -85,8 +85,7 @@ def map_inputs(graph: ir.Graph, constants: Constants, bank: sided.SidedBank, cal
     emitter = Emitter(constants, f"adapter/{bank.kind}/{call.module}/read")
     then, other = emitter.branch("there"), emitter.branch("absent")
     term, absent = sided.read(then, bank, call), other.op("Gather", x, other.const(np.zeros(0), np.int64), axis=0)
-    term.dtype = absent.dtype = ir.DataType.FLOAT
-    (added,) = emitter.when(bank.gates[sided.IN], then, [term], other, [absent])
+    (added,) = emitter.when(bank.gates[sided.IN], then, [term], other, [absent], dtype=ir.DataType.FLOAT)
     mapped = emitter.op("ScatterND", x, bank.batches[sided.IN], added, reduction="add")
     mapped.shape, mapped.dtype = x.shape, ir.DataType.FLOAT
     if call.reader is call.nodes[0]:

@@ -71,8 +71,7 @@ def answer(
     if not call.tokens:
         y = then.op("Squeeze", y, then.ints(1))
     own = _copy(other, call) if base else nothing(other, call, last=last, batch=batch)
-    y.dtype = own.dtype = ir.DataType.FLOAT
-    return emitter.when(bank.gate, then, [y], other, [own])[0]
+    return emitter.when(bank.gate, then, [y], other, [own], dtype=ir.DataType.FLOAT)[0]
 
 
 def nothing(emitter: Emitter, call: Call, *, last: bool, batch: ir.Value) -> ir.Value:

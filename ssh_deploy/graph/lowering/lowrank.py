@@ -68,9 +68,7 @@ def prepare(
     first = then.op("Pad", then.op("Unsqueeze", ids, then.ints(1)), then.ints(0, 0, 0, 1))  # (row, 0)
     results = [number, *(then.op("Add", first, then.const([[0, place]], INT64)) for place in range(most))]
     none = [other.op("Identity", other.const(np.zeros((0, width)), INT64)) for width in (1, *[2] * most)]
-    for value in (*results, *none):
-        value.dtype = ir.DataType.INT64
-    batch, *pairs = emitter.when(gate, then, results, other, none)
+    batch, *pairs = emitter.when(gate, then, results, other, none, dtype=ir.DataType.INT64)
     return LowRankBank(a, b, gate, batch, pairs)
 
 

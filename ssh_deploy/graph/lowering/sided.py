@@ -102,10 +102,8 @@ def prepare(
     results += [then.op("Add", first, then.const([index], INT64)) for index in wanted]
     shapes = [(0, 1)] * 2 + [(0, width + 1)] * len(wanted)
     none = [other.op("Identity", other.const(np.zeros(shape), INT64)) for shape in shapes]
-    for value in (*results, *none):
-        value.dtype = ir.DataType.INT64
     there = emitter.op("Or", gates[IN], gates[OUT])
-    inner, outer, *indices = emitter.when(there, then, results, other, none)
+    inner, outer, *indices = emitter.when(there, then, results, other, none, dtype=ir.DataType.INT64)
     by_place = [indices[i : i + parts] for i in range(0, len(indices), parts)]
     return SidedBank(kind, arrays, gates, {IN: inner, OUT: outer}, by_place, places)
 

@@ -124,10 +124,8 @@ def contribution(emitter: Emitter, bank: SparseBank, calls: Sequence[Call], tabl
         few, many = emitter.branch(f"{call.module}/few"), emitter.branch(f"{call.module}/many")
         site, n_out = table[call.module], call.outputs
         terms = _summed(few, bank, x, site, n_out), _multiplied(many, bank, x, site, (n_out, n_in))
-        for term in terms:
-            term.dtype = ir.DataType.FLOAT
         dense = emitter.op("Greater", bank.count, emitter.ints(n_out * n_in // _DENSE))
-        (y,) = emitter.when(dense, many, [terms[1]], few, [terms[0]])
+        (y,) = emitter.when(dense, many, [terms[1]], few, [terms[0]], dtype=ir.DataType.FLOAT)
         answers[call.module] = y if tokens else emitter.op("Squeeze", y, emitter.ints(1))
     return [answers[call.module] for call in calls]
 

@@ -74,9 +74,14 @@ def contribution(
     return [terms[table[call.module]] for call in calls]
 
 
-def knows_single(bank: SpectralBank, calls: Sequence[Call]) -> bool:
-    """Whether the input's length says that these calls read one token a batch row: `single_contribution` then does."""
-    return isinstance(bank.places, RowPlaces) and calls[0].tokens and leading(calls[0].activation) == bank.lead
+def single_gate(bank: SpectralBank, calls: Sequence[Call]) -> ir.Value | None:
+    """What is true when an adapter is there and these calls read one token a batch row, for `single_contribution`.
+
+    None where the graph does not read single tokens, or the input's length does not tell that of the activation.
+    """
+    if isinstance(bank.places, Places) or not calls[0].tokens or leading(calls[0].activation) != bank.lead:
+        return None
+    return bank.places.single
 
 
 def single_contribution(

@@ -222,11 +222,11 @@ def _checked(
 
 def _windows(emitter: Emitter, axis: str, out: int, pointers: ir.Value) -> ir.Value:
     """``pointers`` [batch, sites, out+1] as each block of the way back takes them: [batch, sites, blocks, width+1]."""
-    blocks, width, _ = get_transform(axis).axis.two_stage(out).second.shape
+    _, width = form(axis, out)
     along, step = emitter.ints(2), emitter.ints(width)
     own = emitter.op("Slice", pointers, emitter.ints(0), emitter.ints(out), along)
     edge = emitter.op("Slice", pointers, step, emitter.ints(out + 1), along, step)
-    own = emitter.op("Reshape", own, emitter.ints(0, 0, blocks, width))
+    own = emitter.op("Reshape", own, emitter.ints(0, 0, out // width, width))
     return emitter.op("Concat", own, emitter.op("Unsqueeze", edge, emitter.ints(3)), axis=3)
 
 
