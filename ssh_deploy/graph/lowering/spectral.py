@@ -70,7 +70,7 @@ def contribution(
         terms = _of_token(emitter, bank.axis, places, sites, {site: (out,) for site, out in sites.items()}, calls[0])
     else:
         apart = places if isinstance(places, Places) else _apart(emitter, bank.axis, places, sites, calls[0].inputs)
-        terms = _of_tokens(emitter, bank, apart, sites, calls[0])
+        terms = _of_tokens(emitter, bank.axis, apart, sites, calls[0])
     return [terms[table[call.module]] for call in calls]
 
 
@@ -122,21 +122,16 @@ def _of_token(
 
 
 def _of_tokens(
-    emitter: Emitter, bank: SpectralBank, places: Places, sites: Mapping[int, int], call: Call
+    emitter: Emitter, axis: str, places: Places, sites: Mapping[int, int], call: Call
 ) -> dict[int, ir.Value]:
     """For any number of tokens: f32 [batch, tokens, out] of every site; [batch, out] where the call has no tokens."""
-    first, axis, tokens = min(sites), get_transform(bank.axis).axis, bank.tokens
-    x, one = call.activation, not call.tokens
-    if one:
-        tokens = emitter.ints(-1, 1)
-    elif leading(x) != bank.lead:
-        tokens = emitter.op("Concat", emitter.ints(-1), emitter.op("Shape", x, start=1, end=2), axis=0)
-    z = emitter.op("Reshape", forward(emitter, x, axis.two_stage(call.inputs), one=one), tokens)
+    first, kernel, one = min(sites), get_transform(axis).axis, not call.tokens
+    z = emitter.op("Flatten", forward(emitter, call.activation, kernel.two_stage(call.inputs), one=one), axis=3)
     w = emitter.op("Mul", emitter.op("Gather", z, places.cols[first], axis=0), places.values[first])
     sums = emitter.op("Flatten", emitter.op("CumSum", w, emitter.const(2, INT64), exclusive=1), axis=3)
     answers = {}
     for site, out in sites.items():
-        y = backward(emitter, emitter.op("Gather", sums, places.pointers[site], axis=0), axis.two_stage(out))
+        y = backward(emitter, emitter.op("Gather", sums, places.pointers[site], axis=0), kernel.two_stage(out))
         answers[site] = emitter.op("Reshape", y, emitter.ints(-1, out)) if one else y
     return answers
 
@@ -147,7 +142,7 @@ def _apart(emitter: Emitter, axis: str, places: RowPlaces, sites: Mapping[int, i
     values = emitter.op("Reshape", places.values[first], emitter.ints(0, count, -1, 1))
     cols = emitter.op("Reshape", places.cols[first], emitter.ints(0, count, -1))
     cols = emitter.op("Add", cols, emitter.op("Mul", places.number, emitter.const([n_in], INT32)))
-    rows = emitter.op("Mul", places.length, emitter.const([count], INT32))
+    rows = emitter.op("Cast", emitter.op("Shape", places.cols[first], start=1, end=2), to=ir.DataType.INT32)
     start = emitter.op("Unsqueeze", emitter.op("Mul", places.number, rows), emitter.ints(3))
     pointers: dict[int, ir.Value] = {}
     for same, of_form in _by_form(axis, sites).items():

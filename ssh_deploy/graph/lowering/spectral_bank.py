@@ -41,7 +41,7 @@ class RowPlaces:
 
     By first site of a group of g sites: ``values`` f32 and ``cols`` int32 [batch, g·(n+1)]. By first site and `form`:
     ``windows`` int32 [batch, Σ blocks·(width+1)], places in the group's g·(n+1) prefix sums, of the group's sites of
-    that form one after another. ``number`` int32 [batch, 1, 1] counts the batch rows, ``length`` int32 [1] is n+1.
+    that form one after another. ``number`` int32 [batch, 1, 1] counts the batch rows.
     """
 
     single: ir.Value
@@ -49,7 +49,6 @@ class RowPlaces:
     cols: Mapping[int, ir.Value]
     windows: Mapping[tuple[int, tuple[int, int]], ir.Value]
     number: ir.Value
-    length: ir.Value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,15 +56,14 @@ class SpectralBank:
     """Optional inputs of one axis kernel, and what the graph makes of them for a batch.
 
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
-    [0, 1]). ``lead``: (batch, tokens) of the graph's input, symbolic; ``tokens`` int64 [2], (−1, its tokens).
-    ``places`` are `RowPlaces` in graphs of single tokens.
+    [0, 1]). ``lead``: (batch, tokens) of the graph's input, symbolic. ``places`` are `RowPlaces` in graphs of single
+    tokens.
     """
 
     axis: str
     gate: ir.Value
     batch: ir.Value
     lead: tuple[object, object]
-    tokens: ir.Value
     places: Places | RowPlaces
 
 
@@ -110,8 +108,7 @@ def prepare(
     nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
     number = then.op("Add", number, nil)
     windows = {out: _windows(then, axis, out, value) for out, value in own.items()}
-    size = then.op("Shape", like, start=1, end=2)
-    longs = [then.op("Unsqueeze", rows, then.ints(1)), then.op("Concat", then.ints(-1), size, axis=0)]
+    counted = then.op("Unsqueeze", rows, then.ints(1))
     parts, wholes = then.ints(*groups), list[ir.Value]()
     forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
     places: dict[int, ir.Value] = {}
@@ -119,7 +116,7 @@ def prepare(
         forms = _windows_of_groups(then, axis, windows, n, [shape[0] for shape in shapes], groups)
         values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
         parts = then.op("Mul", parts, length)
-        wholes = [*forms.values(), number, n]
+        wholes = [*forms.values(), number]
     else:
         values = then.op("Unsqueeze", values, then.ints(3))
         first = then.const([[[inn] for _, inn in shapes]], INT32)
@@ -132,23 +129,19 @@ def prepare(
             )
         wholes = list(places.values())
     floats, ints = (then.ops("Split", array, parts, outputs=len(groups), axis=1) for array in (values, cols))
-    made = _behind(emitter, gate, then, {INT64: longs, FLOAT: floats, INT32: [*ints, *wholes]})
+    made = _behind(emitter, gate, then, {INT64: [counted], FLOAT: floats, INT32: [*ints, *wholes]})
     lead = leading(like)
     assert lead is not None
-    counted, tokens = next(made), next(made)
+    counted = next(made)
     firsts = np.cumsum([0, *groups[:-1]]).tolist()
     of_values, of_cols = (dict(zip(firsts, islice(made, len(groups)), strict=True)) for _ in range(2))
     if by_row:
         of_forms = dict(zip(forms, islice(made, len(forms)), strict=True))
-        number, n = made
+        (number,) = made
         single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
         single = emitter.op("And", gate, single)
-        return SpectralBank(
-            axis, gate, counted, lead, tokens, RowPlaces(single, of_values, of_cols, of_forms, number, n)
-        )
-    return SpectralBank(
-        axis, gate, counted, lead, tokens, Places(of_values, of_cols, dict(zip(places, made, strict=True)))
-    )
+        return SpectralBank(axis, gate, counted, lead, RowPlaces(single, of_values, of_cols, of_forms, number))
+    return SpectralBank(axis, gate, counted, lead, Places(of_values, of_cols, dict(zip(places, made, strict=True))))
 
 
 def form(axis: str, out: int) -> tuple[int, int]:

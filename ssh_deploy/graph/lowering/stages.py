@@ -50,7 +50,7 @@ def forward_token(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
     blocks, width, _ = stages.second.shape
     x = emitter.op("Reshape", x, emitter.ints(-1, blocks, 1, width))
     x = emitter.op("MatMul", x, emitter.const(stages.second.transpose(0, 2, 1), FLOAT))
-    return emitter.op("Reshape", x, emitter.ints(-1, stages.n))
+    return emitter.op("Flatten", x, axis=1)
 
 
 def backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
@@ -96,12 +96,12 @@ def backward_token(
         natural += (start + own).tolist()
         start += stages.n
     if natural != list(range(start)):
-        y = emitter.op("Gather", emitter.op("Reshape", y, emitter.ints(-1, start)), emitter.ints(*natural), axis=1)
+        y = emitter.op("Gather", emitter.op("Flatten", y, axis=1), emitter.ints(*natural), axis=1)
     if len({own[1:] for own in sides}) == 1:
         counts = [own[0] for own in sides]
         y = emitter.op("Reshape", y, emitter.ints(-1, sum(counts), *sides[0][1:]))
         return emitter.ops("Split", y, emitter.ints(*counts), outputs=len(sites), axis=1) if len(sites) > 1 else [y]
-    y = emitter.op("Reshape", y, emitter.ints(-1, start))
+    y = emitter.op("Flatten", y, axis=1)
     parts = emitter.ops("Split", y, emitter.ints(*[stages.n for stages in sites]), outputs=len(sites), axis=1)
     return [emitter.op("Reshape", part, emitter.ints(-1, *own)) for part, own in zip(parts, sides, strict=True)]
 
