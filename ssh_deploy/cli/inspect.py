@@ -1,4 +1,4 @@
-"""`ssh-deploy inspect`: what an adapter holds and whether it fits a base."""
+"""`ssh-deploy inspect`: what an adapter holds and whether it fits a base, or what an exported folder holds."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ from ssh_deploy.cli.output import json_option, show
 @json_option
 @click.pass_context
 def command(context: click.Context, adapter: str, base: str | None, plot: str | None, as_json: bool) -> None:
-    """Show modules, shapes, sizes and origin of ADAPTER (a compact file or PEFT folder)."""
-    from ssh_deploy.jobs.inspecting import inspect_adapter
+    """Show modules, shapes, sizes and origin of ADAPTER (a compact file or PEFT folder).
 
+    Of an exported folder: its base, how it is stored, its slots and its adapters.
+    """
+    from ssh_deploy.jobs.inspecting import inspect_adapter
+    from ssh_deploy.jobs.inspecting_folder import inspect_folder, is_exported
+
+    if is_exported(adapter):
+        if base or plot:
+            raise click.UsageError(f"{adapter} is an exported folder: --base and --plot are for an adapter.")
+        folder = inspect_folder(adapter)
+        show(as_json, folder.as_dict(), folder.lines())
+        return
     found = inspect_adapter(adapter, base=base, plot=plot)
     show(as_json, found.as_dict(), found.lines())
     if not found.fits:
