@@ -56,7 +56,7 @@ def test_the_shown_commands_and_code_run_as_they_stand(readme, root, minilm_path
     section = readme.partition("## Use it")[2].partition("## Train one")[0]
     commands = re.search(r"```bash\n(.*?)```", section, flags=re.S)[1].splitlines()
     code = re.search(r"```python\n(.*?)```", section, flags=re.S)[1]
-    assert len(commands) == 7
+    assert len(commands) == 8
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     for line in commands:
         done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=environment)
