@@ -19,7 +19,8 @@ def command(context: click.Context, adapter: str, base: str | None, plot: str | 
     Of an exported folder: its base, how it is stored, its slots and its adapters.
     """
     from ssh_deploy.jobs.inspecting import inspect_adapter
-    from ssh_deploy.jobs.inspecting_folder import inspect_folder, is_exported
+    from ssh_deploy.jobs.inspecting_folder import inspect_folder
+    from ssh_deploy.runtimes.folder import is_exported
 
     if is_exported(adapter):
         if base or plot:

@@ -85,11 +85,6 @@ class FolderInspection:
         return lines
 
 
-def is_exported(path: str | Path) -> bool:
-    """Whether ``path`` is a folder with a `deployment.json`."""
-    return (Path(path) / DEPLOYMENT).is_file()
-
-
 def inspect_folder(path: str | Path) -> FolderInspection:
     """Read an exported folder's own description; neither its graph nor its adapters are opened.
 

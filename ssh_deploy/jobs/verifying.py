@@ -30,7 +30,7 @@ from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.validating import Outputs, Runner, first_numbers, torch_outputs
 from ssh_deploy.jobs.verdict import Run, Verdict
 from ssh_deploy.jobs.verifying_decoder import decoder_verdict, load_tokenizer, prompt_tokens
-from ssh_deploy.runtimes.folder import contained, open_folder, read_json
+from ssh_deploy.runtimes.folder import contained, is_exported, open_folder, read_json
 
 #: Largest difference allowed, as a share of the spread of torch's outputs (at least 1), by dtype of the target's
 #: weights: float32 is what kernels differ by; the halves carry 2⁻¹¹ and 2⁻⁸ of rounding through every layer.
@@ -57,7 +57,7 @@ def verify_target(
     """
     checkpoint, target = open_checkpoint(base), Path(target)
     fitted = fit(adapter, checkpoint)
-    exported = (target / files.DEPLOYMENT).exists()
+    exported = is_exported(target)
     if exported:
         opened = open_folder(target)
         task, kind, dtype = opened.task, "exported folder", _exported_dtype(target)

@@ -155,6 +155,11 @@ class Folder:
         return dict(open_safefile(contained(self.root, BASE_HEAD), error=DeploymentError, mapped=False).tensors)
 
 
+def is_exported(path: str | Path) -> bool:
+    """Whether there is a `deployment.json` in ``path``: then it is an exported folder, sound or not."""
+    return (Path(path) / DEPLOYMENT).exists()
+
+
 def open_folder(path: str | Path) -> Folder:
     """Read and check ``path/deployment.json``; no other file is read.
 

@@ -10,7 +10,8 @@ from ssh_deploy.cli.main import main
 from ssh_deploy.errors import DeploymentError
 from ssh_deploy.jobs.export_job import ExportOptions
 from ssh_deploy.jobs.exporting import export_model
-from ssh_deploy.jobs.inspecting_folder import QuantizedView, inspect_folder, is_exported
+from ssh_deploy.jobs.inspecting_folder import QuantizedView, inspect_folder
+from ssh_deploy.runtimes.folder import is_exported
 
 
 @pytest.fixture
