@@ -1,7 +1,9 @@
 """Fixtures that every floor's tests share."""
 
+import hashlib
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no network at test time; must precede the first transformers import
@@ -14,6 +16,10 @@ import pytest
 pytest.register_assert_rewrite("ssh_deploy.testing")
 
 ROOT = Path(__file__).resolve().parents[1]
+# what numba keeps is of these very files: it would look at one of several only
+_SOURCES = sorted((ROOT / "ssh_deploy" / "transforms").glob("*.py"))
+_DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in _SOURCES)).hexdigest()[:16]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(sys.prefix) / "numba" / _DIGEST))
 
 
 @pytest.fixture(scope="session")

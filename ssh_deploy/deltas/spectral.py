@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ssh_deploy.transforms import get_transform
 from ssh_deploy.transforms.base import Axis, Separable
-from ssh_deploy.transforms.cpu import add_synthesis
 
 if TYPE_CHECKING:
     import torch
@@ -83,6 +82,8 @@ class SpectralDelta:
 
         gain = self.gain * scale
         if weight.device.type == "cpu":
+            from ssh_deploy.transforms.cpu import add_synthesis  # compiles: not for serving
+
             full = weight if weight.dtype in (torch.float32, torch.float64) else weight.to(torch.float32)
             add_synthesis(full.detach().numpy(), self.axis, self.separable(), gain=gain)
             return full if full is weight else full.to(weight.dtype)

@@ -18,7 +18,7 @@ folder, adapter = sys.argv[1:]
 with Deployment.open(folder, threads=1) as deployment:
     deployment.load("mine", adapter)
     answer = deployment.predict(["free prize", "who"], ["mine", None])
-heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "peft", "sympy", "matplotlib"}
+heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "peft", "sympy", "matplotlib", "numba"}
 print(json.dumps({"label": answer[0].label, "heavy": sorted(heavy & set(sys.modules))}))
 """
 RUN = """
@@ -28,14 +28,14 @@ try:
     main(["run", sys.argv[1], "--base", "--text", "free prize", "--json"])
 except SystemExit as done:
     assert done.code == 0, done.code
-assert not {"torch", "transformers", "onnx"} & set(sys.modules)
+assert not {"torch", "transformers", "onnx", "numba"} & set(sys.modules)
 """
 GENERATE = """
 import json, sys
 from ssh_deploy import Deployment
 with Deployment.open(sys.argv[1], threads=1) as deployment:
     answers = deployment.generate(["the quick", "who"], ["red", None], chat=True, max_new_tokens=3)
-heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "peft", "sympy", "matplotlib"}
+heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "peft", "sympy", "matplotlib", "numba"}
 print(json.dumps({"tokens": [len(a.tokens) for a in answers], "heavy": sorted(heavy & set(sys.modules))}))
 """
 MISSING = """

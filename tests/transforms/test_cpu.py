@@ -1,8 +1,9 @@
-"""The CPU path in blocks of rows: both first passes, threads, dtypes, layouts, memory."""
+"""The CPU path in blocks of rows: both first passes, lengths, threads, dtypes, layouts, memory."""
 
 import multiprocessing
 import subprocess
 import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssh_deploy.testing import sparse_spectrum
-from ssh_deploy.transforms import cpu, get_transform, reference, transform_names
+from ssh_deploy.transforms import cpu, get_transform, reference, row_plan, transform_names
+from ssh_deploy.transforms.base import Separable
 
 sides = st.one_of(st.integers(1, 70), st.sampled_from([1, 2, 31, 64, 97]))
 
@@ -25,72 +27,68 @@ def definition(name, shape, parts):
     return reference.delta(name, *parts, shape, alpha=1.0, norm="ortho")
 
 
+@pytest.mark.parametrize("few", [0, 1000])
 @settings(max_examples=60, deadline=None)
 @given(m=sides, n=sides, count=st.integers(1, 60), name=st.sampled_from(transform_names()), threads=st.integers(1, 3))
-def test_sums_of_few_coefficients_are_the_definition(m, n, count, name, threads):
-    """No first pass is kept, blocks of 16 rows: what large matrices do."""
+def test_both_first_passes_are_the_definition(few, m, n, count, name, threads):
+    """FFTs of the columns that hold anything (few = 0) and sums, in blocks of one transform: what large matrices do."""
     spectrum, parts = spectrum_of(name, (m, n), count)
     with pytest.MonkeyPatch.context() as patch:
-        for constant, value in (("_SMALL", 0), ("_KEPT", -1), ("_FEW", 1000), ("_BLOCK", 1)):
+        for constant, value in (("_ALONE", 0), ("_FEW", few), ("_BLOCK", 1)):
             patch.setattr(cpu, constant, value)
-        made = []
-        patch.setattr(cpu, "_Summed", lambda *args, kind=cpu._Summed: made.append(1) or kind(*args))
+        passed = []
+        patch.setattr(cpu, "_first_pass", lambda *args, kind=cpu._first_pass: passed.append(1) or kind(*args))
         got = cpu.synthesis((m, n), get_transform(name).axis, spectrum, gain=1.0, dtype=np.float64, threads=threads)
-    layers = np.bincount(spectrum.cols).max()
-    assert bool(made) == (layers <= cpu._LAYERS)
+    assert bool(passed) == (few == 0 or row_plan.radices(n) is None)
     np.testing.assert_allclose(got, definition(name, (m, n), parts), atol=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
-@given(m=sides, n=sides, count=st.integers(1, 60), name=st.sampled_from(transform_names()), threads=st.integers(1, 3))
-def test_many_coefficients_are_the_definition(m, n, count, name, threads):
-    spectrum, parts = spectrum_of(name, (m, n), count)
-    with pytest.MonkeyPatch.context() as patch:
-        for constant, value in (("_SMALL", 0), ("_KEPT", -1), ("_FEW", 0), ("_BLOCK", 1)):
-            patch.setattr(cpu, constant, value)
-        got = cpu.synthesis((m, n), get_transform(name).axis, spectrum, gain=1.0, dtype=np.float64, threads=threads)
-    np.testing.assert_allclose(got, definition(name, (m, n), parts), atol=1e-12)
-
-
-def test_places_that_repeat_add_in_both_ways(monkeypatch):
+@pytest.mark.parametrize("few", [0, 1000])
+def test_places_that_repeat_add(few, monkeypatch):
     shape = (40, 30)
     rows, cols = np.array([3, 3, 3, 7, 7]), np.array([5, 5, 6, 5, 5])
     values = np.array([1.0, 2.0, -1.0, 0.5, 0.25])
     spectrum = get_transform("hartley").separable(rows, cols, values, shape)
-    want = definition("hartley", shape, (rows, cols, values))
-    monkeypatch.setattr(cpu, "_KEPT", -1)
-    for small, few in ((0, 0), (0, 1000), (1 << 20, 0)):
-        monkeypatch.setattr(cpu, "_SMALL", small)
-        monkeypatch.setattr(cpu, "_FEW", few)
-        got = cpu.synthesis(shape, get_transform("hartley").axis, spectrum, gain=1.0, dtype=np.float64)
-        np.testing.assert_allclose(got, want, atol=1e-13)
+    monkeypatch.setattr(cpu, "_FEW", few)
+    got = cpu.synthesis(shape, get_transform("hartley").axis, spectrum, gain=1.0, dtype=np.float64)
+    np.testing.assert_allclose(got, definition("hartley", shape, (rows, cols, values)), atol=1e-13)
 
 
-@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("columns", [30, 67])  # compiled, and a prime
+@pytest.mark.parametrize("place", [(40, 0), (-1, 0), (0, 67), (0, -1)])
+def test_a_coefficient_outside_is_refused_and_nothing_written(place, columns):
+    rows, cols = np.array([1, place[0]]), np.array([2, place[1]])
+    weight = np.ones((40, columns), np.float32)
+    with pytest.raises(ValueError, match="outside of the matrix"):
+        cpu.add_synthesis(weight, get_transform("hartley").axis, Separable(rows, cols, np.ones(2), 1.0), gain=1.0)
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("columns", [48, 47])  # whole vectors, and not
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-def test_halves_are_rounded_once(dtype, threads, small, monkeypatch):
+def test_halves_are_rounded_once(dtype, threads, columns, monkeypatch):
     """The sum in float32, rounded to nearest even: within half a step of the exact sum, and bit for bit ours."""
     monkeypatch.setattr(cpu, "_BLOCK", 64)
-    monkeypatch.setattr(cpu, "_SMALL", small)
-    shape = (70, 48)
+    monkeypatch.setattr(cpu, "_ALONE", 0)
+    shape = (70, columns)
     spectrum, parts = spectrum_of("cosine", shape, 60)
     axis = get_transform("cosine").axis
     weight = np.random.default_rng(1).normal(size=shape).astype(dtype)
     before = weight.copy()
     cpu.add_synthesis(weight, axis, spectrum, gain=1.0, threads=threads)
-    added = before.astype(np.float32) + cpu.synthesis(shape, axis, spectrum, gain=1.0)
+    added = before.astype(np.float32) + cpu.synthesis(shape, axis, spectrum, gain=1.0, threads=threads)
     np.testing.assert_array_equal(weight.view(np.uint16), added.astype(dtype).view(np.uint16))
     exact = before.astype(np.float64) + definition("cosine", shape, parts)
     step = {np.float16: 2.0**-10, ml_dtypes.bfloat16: 2.0**-7}[dtype]
     assert (np.abs(weight.astype(np.float64) - exact) <= 0.5 * step * np.maximum(np.abs(exact), 2**-6) + 1e-6).all()
 
 
-@pytest.mark.parametrize("small", [0, 1 << 20])
+@pytest.mark.parametrize("alone", [0, 1 << 20])
 @pytest.mark.parametrize("layout", ["C", "F", "strided", "reversed"])
-def test_any_layout_is_written_in_place(layout, small, monkeypatch):
+def test_any_layout_is_written_in_place(layout, alone, monkeypatch):
     monkeypatch.setattr(cpu, "_BLOCK", 64)
-    monkeypatch.setattr(cpu, "_SMALL", small)
+    monkeypatch.setattr(cpu, "_ALONE", alone)
     shape = (50, 40)
     spectrum, parts = spectrum_of("hartley", shape, 30)
     whole = {
@@ -117,11 +115,31 @@ def test_float32_at_real_sizes(name, shape, n):
     assert np.abs(weight - want).max() <= 4e-7 * np.abs(want).max()
 
 
-def test_blocks_are_even():
+def test_blocks_are_whole_transforms_and_some_for_each_thread():
     assert cpu.block_rows((4096, 4096), 2) == 64
-    assert cpu.block_rows((768, 768), 2) == 192  # four of them, not three for two threads
+    assert cpu.block_rows((768, 768), 1) == 320
+    assert cpu.block_rows((768, 768), 2) == 96
+    assert cpu.block_rows((100, 1 << 20), 2) == 32
     assert cpu.block_rows((5, 1 << 20), 2) == 5
     assert cpu.block_rows((1, 1)) == 1
+
+
+def test_what_fails_in_a_thread_is_raised_and_nobody_writes_afterwards(monkeypatch):
+    monkeypatch.setattr(cpu, "_ALONE", 0)
+    monkeypatch.setattr(cpu, "_BLOCK", 1)
+    spectrum, _ = spectrum_of("hartley", (320, 16), 20)
+    seen = threading.Event()
+
+    def fail(self, target, start, scratch):
+        if threading.current_thread() is threading.main_thread():
+            seen.wait(10)  # the other one has begun
+        else:
+            seen.set()
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(cpu.RowSynthesis, "add", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        cpu.add_synthesis(np.zeros((320, 16)), get_transform("hartley").axis, spectrum, gain=1.0, threads=2)
 
 
 MEASURE = """
@@ -160,7 +178,7 @@ def add_in_a_child(shape, queue):
 def test_a_forked_child_has_threads_of_its_own(monkeypatch):
     """The parent's do not live in the child: to wait for them would be to wait for ever."""
     monkeypatch.setattr(cpu, "_BLOCK", 16)
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+    monkeypatch.setattr(cpu, "_ALONE", 0)
     shape = (64, 16)
     spectrum, _ = spectrum_of("hartley", shape, 20)
     want = float(cpu.synthesis(shape, get_transform("hartley").axis, spectrum, gain=1.0, threads=2).sum())

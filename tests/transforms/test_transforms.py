@@ -82,7 +82,7 @@ def test_fast_path_is_the_definition_for_any_shape(m, n, count, name, seed):
 def test_column_blocks_join(monkeypatch):
     """More columns than one block, not a multiple of it; strided and transposed outputs are written in place."""
     monkeypatch.setattr(cpu, "_BLOCK", 16)
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+    monkeypatch.setattr(cpu, "_ALONE", 0)
     transform = get_transform("hartley")
     rows, cols, values = sparse_spectrum(np.random.default_rng(0), (20, 50), 30)
     spectrum = transform.separable(rows, cols, values, (20, 50))

@@ -1,0 +1,280 @@
+"""Vectors of sixteen numbers as a type of numba: loads, stores, the three operations, halfs, and a 16×16 turned.
+
+LLVM does not find vectors by itself in loops like those of `transforms.compiled`: it cannot know that four places of
+one array are not the same. So they are written down, and LLVM makes of each what the processor has (one register of
+AVX-512, two of AVX2, four of NEON).
+
+Numba keeps what it compiled until the file of the compiled function changes, and that is not this one: who edits here
+deletes ``__pycache__``. (Tests keep theirs apart by the files' contents.)
+"""
+
+from __future__ import annotations
+
+import operator
+import platform
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic, models, overload, register_model
+
+LANES = 16
+LINE = 64  # bytes of a line of the cache
+TILE = 64  # columns of the tile that `turn` fills: 256 bytes of float32
+NATIVE, HALF, BFLOAT = 0, 1, 2  # what the numbers of an array are: its dtype's, or halfs in uint16
+
+_INDEX = ir.IntType(64)
+
+
+class Vector(types.Type):
+    """`LANES` numbers of ``dtype``."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Vector({dtype})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, _vector(ir.FloatType() if fe_type.dtype == types.float32 else ir.DoubleType()))
+
+
+def _vector(element: ir.Type) -> ir.VectorType:
+    return ir.VectorType(element, LANES)
+
+
+def _constant(bits: int, value: int) -> ir.Constant:
+    return ir.Constant(_vector(ir.IntType(bits)), [value] * LANES)
+
+
+def _address(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: ir.VectorType) -> Any:
+    data = context.make_array(kind)(context, builder, value=array).data
+    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+
+
+@intrinsic
+def load(_: Any, array: Any, index: Any) -> Any:
+    """``array[index : index + LANES]`` of a contiguous array."""
+    vector = Vector(array.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(vector)
+        return builder.load(_address(context, builder, signature.args[0], args[0], args[1], kind), align=2)
+
+    return vector(array, types.intp), generate
+
+
+@intrinsic
+def load_back(_: Any, array: Any, index: Any) -> Any:
+    """``array[index : index + LANES]``, the last first."""
+    vector = Vector(array.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(vector)
+        found = builder.load(_address(context, builder, signature.args[0], args[0], args[1], kind), align=2)
+        back = ir.Constant(_vector(ir.IntType(32)), list(range(LANES))[::-1])
+        return builder.shuffle_vector(found, ir.Constant(kind, ir.Undefined), back)
+
+    return vector(array, types.intp), generate
+
+
+@intrinsic
+def every(_: Any, array: Any, index: Any) -> Any:
+    """``array[index]`` in every lane."""
+    vector = Vector(array.dtype)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+        kind = context.get_value_type(vector)
+        nothing = ir.Constant(kind, ir.Undefined)
+        first = builder.insert_element(nothing, builder.load(builder.gep(data, [args[1]])), ir.Constant(_INDEX, 0))
+        return builder.shuffle_vector(first, nothing, _constant(32, 0))
+
+    return vector(array, types.intp), generate
+
+
+@intrinsic
+def expect(_: Any, array: Any, index: Any) -> Any:
+    """Ask for the line of the cache with ``array[index]``, to be read and written soon."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
+        address, number = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer()), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", fnty=kind)
+        builder.call(prefetch, [address, number(1), number(3), number(1)])  # to write, into the first cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), generate
+
+
+@intrinsic
+def store(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """``array[index : index + LANES] = value``, rounded to float32 where the array is that."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(Vector(array.dtype))
+        given = args[2] if array.dtype == value.dtype else builder.fptrunc(args[2], kind)
+        builder.store(given, _address(context, builder, signature.args[0], args[0], args[1], kind), align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def _load_half(_: Any, array: Any, index: Any) -> Any:
+    """float16 numbers in uint16 as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = _vector(ir.IntType(16))
+        found = builder.load(_address(context, builder, signature.args[0], args[0], args[1], bits), align=2)
+        return builder.fpext(builder.bitcast(found, _vector(ir.HalfType())), _vector(ir.FloatType()))
+
+    return Vector(types.float32)(array, types.intp), generate
+
+
+@intrinsic
+def _store_half(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """float32 numbers rounded to float16 in uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = _vector(ir.IntType(16))
+        rounded = builder.bitcast(builder.fptrunc(args[2], _vector(ir.HalfType())), bits)
+        builder.store(rounded, _address(context, builder, signature.args[0], args[0], args[1], bits), align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+@intrinsic
+def _load_bfloat(_: Any, array: Any, index: Any) -> Any:
+    """bfloat16 numbers in uint16 as float32: their upper half."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
+        wide = builder.zext(builder.load(address, align=2), _vector(ir.IntType(32)))
+        return builder.bitcast(builder.shl(wide, _constant(32, 16)), _vector(ir.FloatType()))
+
+    return Vector(types.float32)(array, types.intp), generate
+
+
+@intrinsic
+def _store_bfloat(_: Any, array: Any, index: Any, value: Any) -> Any:
+    """float32 numbers rounded to bfloat16, to nearest even, in uint16; no number stays none."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[2], _vector(ir.IntType(32)))
+        upper = builder.lshr(bits, _constant(32, 16))
+        half = builder.add(builder.and_(upper, _constant(32, 1)), _constant(32, 0x7FFF))
+        rounded = builder.lshr(builder.add(bits, half), _constant(32, 16))
+        odd = builder.fcmp_unordered("uno", args[2], args[2])
+        kept = builder.select(odd, builder.or_(upper, _constant(32, 0x40)), rounded)
+        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
+        builder.store(builder.trunc(kept, _vector(ir.IntType(16))), address, align=2)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, value), generate
+
+
+def _operation(instruction: str) -> Any:
+    @intrinsic
+    def of_two(_: Any, left: Any, right: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            # a product and a sum may become one instruction; no other freedom
+            return getattr(builder, instruction)(*args, flags=("contract",))
+
+        return left(left, right), generate
+
+    return of_two
+
+
+def _overload(symbol: Callable[[Any, Any], Any], instruction: str) -> None:
+    of_two = _operation(instruction)
+
+    @overload(symbol, strict=False)
+    def _(left: Any, right: Any) -> Any:
+        if isinstance(left, Vector) and left == right:
+            return lambda left, right: of_two(left, right)  # noqa: PLW0108 (numba wants a function of its own)
+        return None
+
+
+for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+    _overload(_symbol, _instruction)
+
+
+@intrinsic
+def turn(_: Any, z: Any, part: Any, order: Any, first: Any, tile: Any, column: Any) -> Any:
+    """``tile[r, column + c] = z[order[first + c] + part + r]`` for r, c < LANES; ``tile`` has `TILE` columns."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_value_type(Vector(z.dtype))
+        places = context.make_array(signature.args[2])(context, builder, value=args[2]).data
+        lines = []
+        for lane in range(LANES):
+            place = builder.load(builder.gep(places, [builder.add(args[3], ir.Constant(_INDEX, lane))]))
+            at = builder.add(place, args[1])
+            lines.append(builder.load(_address(context, builder, signature.args[0], args[0], at, kind), align=2))
+        bit = LANES // 2
+        while bit:  # blocks of 8, 4, 2 and 1 change sides: four rounds for any 16×16
+            low = [lane if not lane & bit else LANES + (lane ^ bit) for lane in range(LANES)]
+            high = [lane | bit if not lane & bit else LANES + lane for lane in range(LANES)]
+            for i in (i for i in range(LANES) if not i & bit):
+                pair = lines[i], lines[i | bit]
+                for j, mask in ((i, low), (i | bit, high)):
+                    lines[j] = builder.shuffle_vector(*pair, ir.Constant(_vector(ir.IntType(32)), mask))
+            bit //= 2
+        for row, line in enumerate(lines):
+            at = builder.add(args[5], ir.Constant(_INDEX, row * TILE))
+            builder.store(line, _address(context, builder, signature.args[4], args[4], at, kind), align=2)
+        return context.get_dummy_value()
+
+    return types.void(z, types.intp, order, types.intp, tile, types.intp), generate
+
+
+def read(array: Any, index: int, kind: int) -> Any:
+    """As `load`; of uint16, what the halfs of ``kind`` are in float32. In compiled code only."""
+    raise NotImplementedError
+
+
+def write(array: Any, index: int, value: Any, kind: int) -> None:
+    """As `store`; into uint16 rounded to halfs of ``kind``. In compiled code only."""
+    raise NotImplementedError
+
+
+@overload(read, strict=False)
+def _(array: Any, index: Any, kind: Any) -> Any:
+    if array.dtype != types.uint16:
+        return lambda array, index, kind: load(array, index)
+    return lambda array, index, kind: _load_half(array, index) if kind == HALF else _load_bfloat(array, index)
+
+
+@overload(write, strict=False)
+def _(array: Any, index: Any, value: Any, kind: Any) -> Any:
+    if array.dtype != types.uint16:
+        return lambda array, index, value, kind: store(array, index, value)
+
+    def narrow(array: Any, index: Any, value: Any, kind: Any) -> None:
+        if kind == HALF:
+            _store_half(array, index, value)
+        else:
+            _store_bfloat(array, index, value)
+
+    return narrow
+
+
+def kind_of(dtype: np.dtype[Any]) -> int | None:
+    """How W's numbers are read and written; None where this processor cannot."""
+    if dtype in (np.float32, np.float64):
+        return NATIVE
+    if dtype.name == "bfloat16":
+        return BFLOAT
+    return HALF if dtype == np.float16 and _converts() else None
+
+
+@lru_cache(maxsize=1)
+def _converts() -> bool:
+    return platform.machine().lower() in ("aarch64", "arm64") or bool(binding.get_host_cpu_features().get("f16c"))
