@@ -8,7 +8,7 @@ through it side by side, a vector in each place, so that no step reaches across 
 
 The transform is Cooley and Tukey's (1965), decimated in time and in place: coefficients are put where the reversed
 digits of their frequency say, and nothing else is permuted. Its first stages are taken a part at a time that fits the
-first cache.
+first cache; of the last one, what fits is turned and written before the rest is computed.
 
 Numba compiles all this at first use and keeps it beside this file or in the user's cache. A function too long to become
 part of its caller is not called in an inner loop: every array that is handed over is counted, which takes longer.
@@ -67,6 +67,7 @@ class Plan(NamedTuple):
     turns: Any
     inner: int  # the first stages are those of parts of so many places
     own: int  # places that an odd radix needs
+    blended: bool  # the last stage may be written as it comes: radix 4, whole tiles, columns in order
 
 
 @_jit
@@ -85,9 +86,10 @@ def _radix2(z: Any, begin: int, end: int, s: int, turns: Any, at: int) -> None:
 
 
 @_jit
-def _radix4(z: Any, begin: int, end: int, s: int, turns: Any, at: int) -> None:
+def _radix4(z: Any, begin: int, end: int, s: int, turns: Any, at: int, first: int, last: int) -> None:
+    """Of each group those ``first`` to ``last`` of s."""
     for group in range(begin, end, 4 * s):
-        for j in range(s):
+        for j in range(first, last):
             t = at + 6 * j
             a = (group + j) * PLACE
             b, c, d = a + s * PLACE, a + 2 * s * PLACE, a + 3 * s * PLACE
@@ -194,7 +196,7 @@ def _stages(z: Any, begin: int, end: int, stages: Any, first: int, last: int, tu
     for i in range(first, last):
         radix, s, at, roots = stages[i, 0], stages[i, 1], stages[i, 2], stages[i, 3]
         if radix == 4:
-            _radix4(z, begin, end, s, turns, at)
+            _radix4(z, begin, end, s, turns, at, 0, s)
         elif radix == 2:
             _radix2(z, begin, end, s, turns, at)
         elif radix == 3:
@@ -333,16 +335,41 @@ def write_rows(out: Any, start: int, add: bool, kind: int, columns: Any, plan: A
             _sum_columns(z, middle, columns, plan, rows)
         for part in range(0, n, plan.inner):
             _stages(z, part, part + plan.inner, stages, 0, parted, plan.turns, own)
-        _stages(z, 0, n, stages, parted, stages.shape[0], plan.turns, own)
-        for side in range(2):  # real parts: rows after the middle; imaginary ones: before it, the last first
-            for first in range(0, n, TILE):
-                wide = min(TILE, n - first)
-                for column in range(0, wide, LANES):
-                    turn(z, side * LANES, plan.order, first + column, tile, column)
-                for r in range(LANES):
-                    row = begin + (LANES - 1 - r if side else LANES + r)
-                    if row < count:
-                        _put(out, row * n + first, tile, r * TILE, wide, add, kind)
+        last = stages.shape[0] - 1 if plan.blended else stages.shape[0]
+        _stages(z, 0, n, stages, parted, last, plan.turns, own)
+        if plan.blended:  # a tile of each quarter goes out while it is in the first cache
+            s, at = stages[last, 1], stages[last, 2]
+            for j in range(0, s, TILE):
+                _radix4(z, 0, n, s, plan.turns, at, j, j + TILE)
+                for quarter in range(4):
+                    _put_columns(out, z, tile, plan.order, quarter * s + j, TILE, n, begin, count, add, kind)
+        else:
+            for j in range(0, n, TILE):
+                _put_columns(out, z, tile, plan.order, j, min(TILE, n - j), n, begin, count, add, kind)
+
+
+@_jit
+def _put_columns(
+    out: Any,
+    z: Any,
+    tile: Any,
+    order: Any,
+    first: int,
+    wide: int,
+    n: int,
+    begin: int,
+    count: int,
+    add: bool,
+    kind: int,
+) -> None:
+    """``wide`` columns of all rows: real parts to those after the middle, imaginary ones before it, the last first."""
+    for side in range(2):
+        for column in range(0, wide, LANES):
+            turn(z, side * LANES, order, first + column, tile, column)
+        for r in range(LANES):
+            row = begin + (LANES - 1 - r if side else LANES + r)
+            if row < count:
+                _put(out, row * n + first, tile, r * TILE, wide, add, kind)
 
 
 @_jit

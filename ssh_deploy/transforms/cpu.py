@@ -54,9 +54,12 @@ def add_synthesis(weight: NDArray[Any], axis: Axis, spectrum: Separable, *, gain
     if abs(weight.strides[0]) < abs(weight.strides[1]):
         weight, spectrum = weight.T, transposed(spectrum)
     work = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
-    small = weight.size <= _ALONE
-    threads = 1 if small else threads or cores()
-    step = weight.shape[0] if small else block_rows(weight.shape, threads)
+    if weight.size <= _ALONE:
+        rows = RowSynthesis(weight.shape, axis, spectrum, gain=gain, rows=weight.shape[0], dtype=work)
+        rows.add(weight, 0, rows.scratch())
+        return
+    threads = threads or cores()
+    step = block_rows(weight.shape, threads)
     starts = iter(range(0, weight.shape[0], step))  # whoever is free takes the next
     prepared, made = Lock(), list[RowSynthesis]()
 

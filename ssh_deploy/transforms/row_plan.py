@@ -62,6 +62,7 @@ def plan_of(axis: Axis, n: int, dtype: np.dtype[Any]) -> Plan | None:
         _pairs(np.concatenate([np.empty(0), *turns]), dtype),
         inner,
         max([radix for radix in factors if radix % 2], default=0),
+        permutation is None and factors[-1:] == [4] and n // 4 % TILE == 0 and inner < n,
     )
 
 

@@ -32,7 +32,7 @@ def written(columns, plan, shape, start, *, dtype=DOUBLE, add=False, kind=NATIVE
 def test_every_length_is_the_matrix_of_the_axis(name):
     """1 to 140 and some of the lengths that models have: each stage, radices 2, 3, 4 and other odd ones, remainders."""
     axis = get_transform(name).axis
-    for n in [*range(1, 141), 384, 576, 768, 43 * 16, 11 * 64]:
+    for n in [*range(1, 141), 384, 576, 768, 43 * 16, 11 * 64, 1024, 43 * 256]:
         plan = plan_of(axis, n, DOUBLE)
         if plan is None:
             assert n in (67, 71, 73, 79, 83, 89, 97, 101, 103, 107, 109, 113, 127, 131, 134, 137, 139)

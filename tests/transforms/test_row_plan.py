@@ -32,6 +32,14 @@ def test_the_first_stages_are_of_parts_that_fit_the_first_cache():
         np.testing.assert_array_equal(places, np.arange(n))
 
 
+def test_the_last_stage_is_written_as_it_comes_only_where_that_is_in_order():
+    blended = {
+        n: plan_of(HARTLEY, n, np.dtype(np.float32)).blended for n in (256, 768, 1024, 1536, 4096, 11008, 96, 75)
+    }
+    assert blended == {256: False, 768: True, 1024: True, 1536: True, 4096: True, 11008: True, 96: False, 75: False}
+    assert not plan_of(get_transform("cosine").axis, 768, np.dtype(np.float32)).blended
+
+
 def test_coefficients_stand_by_column():
     rows, cols = np.array([5, 1, 2, 1, 0]), np.array([7, 3, 7, 3, 0])
     found = sums((8, 9), HARTLEY, Separable(rows, cols, np.arange(1.0, 6.0), 2.0), 10.0, np.dtype(np.float64))
