@@ -10,31 +10,33 @@ The transform is Cooley and Tukey's (1965), decimated in time and in place: coef
 digits of their frequency say, and nothing else is permuted. Its first stages are taken a part at a time that fits the
 first cache; of the last one, what fits is turned and written before the rest is computed.
 
-Numba compiles all this at first use and keeps it beside this file or in the user's cache. A function too long to become
-part of its caller is not called in an inner loop: every array that is handed over is counted, which takes longer.
+Functions too long to become part of their caller are not called in inner loops: every array that is handed over is
+counted, which takes longer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from ssh_deploy.transforms.vectors import LANES, LINE, TILE, every, expect, load, load_back, read, store, turn, write
+from ssh_deploy.transforms.stages import PLACE, radix4, run_stages
+from ssh_deploy.transforms.vectors import (
+    LANES,
+    LINE,
+    TILE,
+    every,
+    expect,
+    jit,
+    load,
+    load_back,
+    read,
+    store,
+    turn,
+    write,
+)
 
 ROWS = 2 * LANES  # of one transform
-PLACE = 2 * LANES  # numbers of a place: real parts, then imaginary ones
-
-
-def _jit(function: Callable[..., Any]) -> Any:
-    """Compiled at first use, without the interpreter's lock; kept on disk where there is a place to keep it."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
-        return njit(**options)(function)
 
 
 class Columns(NamedTuple):
@@ -70,142 +72,7 @@ class Plan(NamedTuple):
     blended: bool  # the last stage may be written as it comes: radix 4, whole tiles, columns in order
 
 
-@_jit
-def _radix2(z: Any, begin: int, end: int, s: int, turns: Any, at: int) -> None:
-    for group in range(begin, end, 2 * s):
-        for j in range(s):
-            t = at + 2 * j
-            a = (group + j) * PLACE
-            b = a + s * PLACE
-            ar, ai, xr, xi = load(z, a), load(z, a + LANES), load(z, b), load(z, b + LANES)
-            br, bi = xr * every(turns, t) - xi * every(turns, t + 1), xr * every(turns, t + 1) + xi * every(turns, t)
-            store(z, a, ar + br)
-            store(z, a + LANES, ai + bi)
-            store(z, b, ar - br)
-            store(z, b + LANES, ai - bi)
-
-
-@_jit
-def _radix4(z: Any, begin: int, end: int, s: int, turns: Any, at: int, first: int, last: int) -> None:
-    """Of each group those ``first`` to ``last`` of s."""
-    for group in range(begin, end, 4 * s):
-        for j in range(first, last):
-            t = at + 6 * j
-            a = (group + j) * PLACE
-            b, c, d = a + s * PLACE, a + 2 * s * PLACE, a + 3 * s * PLACE
-            ar, ai, xr, xi = load(z, a), load(z, a + LANES), load(z, b), load(z, b + LANES)
-            br, bi = xr * every(turns, t) - xi * every(turns, t + 1), xr * every(turns, t + 1) + xi * every(turns, t)
-            xr, xi = load(z, c), load(z, c + LANES)
-            cr, ci = (
-                xr * every(turns, t + 2) - xi * every(turns, t + 3),
-                xr * every(turns, t + 3) + xi * every(turns, t + 2),
-            )
-            xr, xi = load(z, d), load(z, d + LANES)
-            dr, di = (
-                xr * every(turns, t + 4) - xi * every(turns, t + 5),
-                xr * every(turns, t + 5) + xi * every(turns, t + 4),
-            )
-            pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
-            ur, ui, vr, vi = br + dr, bi + di, br - dr, bi - di
-            store(z, a, pr + ur)
-            store(z, a + LANES, pi + ui)
-            store(z, b, qr + vi)
-            store(z, b + LANES, qi - vr)
-            store(z, c, pr - ur)
-            store(z, c + LANES, pi - ui)
-            store(z, d, qr - vi)
-            store(z, d + LANES, qi + vr)
-
-
-@_jit
-def _radix3(z: Any, begin: int, end: int, s: int, turns: Any, at: int, roots: int) -> None:
-    cos, sin = every(turns, roots + 2), every(turns, roots + 3)
-    for group in range(begin, end, 3 * s):
-        for j in range(s):
-            t = at + 4 * j
-            a = (group + j) * PLACE
-            b, c = a + s * PLACE, a + 2 * s * PLACE
-            ar, ai, xr, xi = load(z, a), load(z, a + LANES), load(z, b), load(z, b + LANES)
-            br, bi = xr * every(turns, t) - xi * every(turns, t + 1), xr * every(turns, t + 1) + xi * every(turns, t)
-            xr, xi = load(z, c), load(z, c + LANES)
-            cr, ci = (
-                xr * every(turns, t + 2) - xi * every(turns, t + 3),
-                xr * every(turns, t + 3) + xi * every(turns, t + 2),
-            )
-            ur, ui, vr, vi = br + cr, bi + ci, (br - cr) * sin, (bi - ci) * sin
-            pr, pi = ar + ur * cos, ai + ui * cos
-            store(z, a, ar + ur)
-            store(z, a + LANES, ai + ui)
-            store(z, b, pr + vi)
-            store(z, b + LANES, pi - vr)
-            store(z, c, pr - vi)
-            store(z, c + LANES, pi + vr)
-
-
-@_jit
-def _radix_odd(z: Any, begin: int, end: int, p: int, s: int, turns: Any, at: int, roots: int, own: Any) -> None:
-    """Any odd p, by pairs k and p−k: sums go with cosines, differences with sines. ``own``: p places of scratch."""
-    half = p // 2
-    for group in range(begin, end, p * s):
-        for j in range(s):
-            t = at + 2 * (p - 1) * j
-            a = (group + j) * PLACE
-            ar, ai = load(z, a), load(z, a + LANES)
-            tr, ti = ar, ai
-            for k in range(1, half + 1):
-                b, c = a + k * s * PLACE, a + (p - k) * s * PLACE
-                x, y = t + 2 * (k - 1), t + 2 * (p - k - 1)
-                xr, xi, yr, yi = load(z, b), load(z, b + LANES), load(z, c), load(z, c + LANES)
-                br, bi = (
-                    xr * every(turns, x) - xi * every(turns, x + 1),
-                    xr * every(turns, x + 1) + xi * every(turns, x),
-                )
-                cr, ci = (
-                    yr * every(turns, y) - yi * every(turns, y + 1),
-                    yr * every(turns, y + 1) + yi * every(turns, y),
-                )
-                o = 2 * (k - 1) * PLACE
-                store(own, o, br + cr)
-                store(own, o + LANES, bi + ci)
-                store(own, o + PLACE, br - cr)
-                store(own, o + PLACE + LANES, bi - ci)
-                tr, ti = tr + (br + cr), ti + (bi + ci)
-            store(z, a, tr)
-            store(z, a + LANES, ti)
-            for m in range(1, half + 1):
-                er, ei = ar, ai
-                x = roots + 2 * m
-                fr, fi = load(own, PLACE) * every(turns, x + 1), load(own, PLACE + LANES) * every(turns, x + 1)
-                for k in range(1, half + 1):
-                    x = roots + 2 * (k * m % p)
-                    o = 2 * (k - 1) * PLACE
-                    er, ei = er + load(own, o) * every(turns, x), ei + load(own, o + LANES) * every(turns, x)
-                    if k > 1:
-                        fr = fr + load(own, o + PLACE) * every(turns, x + 1)
-                        fi = fi + load(own, o + PLACE + LANES) * every(turns, x + 1)
-                b, c = a + m * s * PLACE, a + (p - m) * s * PLACE
-                store(z, b, er + fi)
-                store(z, b + LANES, ei - fr)
-                store(z, c, er - fi)
-                store(z, c + LANES, ei + fr)
-
-
-@_jit
-def _stages(z: Any, begin: int, end: int, stages: Any, first: int, last: int, turns: Any, own: Any) -> None:
-    """Stages ``first`` to ``last`` of the transforms in places ``begin`` to ``end``; of each: radix, s, and places."""
-    for i in range(first, last):
-        radix, s, at, roots = stages[i, 0], stages[i, 1], stages[i, 2], stages[i, 3]
-        if radix == 4:
-            _radix4(z, begin, end, s, turns, at, 0, s)
-        elif radix == 2:
-            _radix2(z, begin, end, s, turns, at)
-        elif radix == 3:
-            _radix3(z, begin, end, s, turns, at, roots)
-        else:
-            _radix_odd(z, begin, end, radix, s, turns, at, roots, own)
-
-
-@_jit
+@jit
 def sort_columns(u: Any, v: Any, values: Any, gain: float, phases: Any, roots: Any, columns: int) -> Any:
     """Coefficients (u, v, value) by column: what `Columns` has of them for sums.
 
@@ -237,7 +104,7 @@ def sort_columns(u: Any, v: Any, values: Any, gain: float, phases: Any, roots: A
     return held, runs, rows, weights, steps
 
 
-@_jit
+@jit
 def _place(z: Any, frequency: int, plan: Any, a: Any, b: Any) -> None:
     """Add rows a and b of one column: as ``w(a + ib)/2`` in place k, ``w̄(a + ib)/2`` in place n−k."""
     n = plan.places.size
@@ -250,7 +117,7 @@ def _place(z: Any, frequency: int, plan: Any, a: Any, b: Any) -> None:
     store(z, q + LANES, load(z, q + LANES) + (br - ai))
 
 
-@_jit
+@jit
 def _begin(state: Any, start: int, columns: Any) -> None:
     """``state`` = weights turned to the middle of the `ROWS` rows from ``start`` on."""
     size, halves = state.size // 2, 2 * start + ROWS - 1
@@ -260,7 +127,7 @@ def _begin(state: Any, start: int, columns: Any) -> None:
         state[k], state[size + k] = wr * root.real - wi * root.imag, wr * root.imag + wi * root.real
 
 
-@_jit
+@jit
 def _go_on(state: Any, middle: Any, steps: Any) -> None:
     """``middle`` = ``state`` in the dtype of the rows; ``state`` goes on to the next `ROWS` of them."""
     size = state.size // 2
@@ -272,7 +139,7 @@ def _go_on(state: Any, middle: Any, steps: Any) -> None:
         store(state, size + k, r * si + i * sr)
 
 
-@_jit
+@jit
 def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any) -> None:
     """``z`` = all columns in the rows around ``middle``, each in its places; ``rows`` of W are asked for meanwhile."""
     z[:] = 0
@@ -292,7 +159,7 @@ def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any) -> Non
             expect(rows, at)
 
 
-@_jit
+@jit
 def _take_columns(z: Any, start: int, columns: Any, plan: Any, rows: Any) -> None:
     """``z`` = all columns in the rows from ``start`` on, each in its places; ``rows`` of W are asked for meanwhile."""
     z[:] = 0
@@ -305,7 +172,7 @@ def _take_columns(z: Any, start: int, columns: Any, plan: Any, rows: Any) -> Non
             expect(rows, at)
 
 
-@_jit
+@jit
 def write_rows(out: Any, start: int, add: bool, kind: int, columns: Any, plan: Any, scratch: Any) -> None:
     """Put rows of the result into ``out``, or add them.
 
@@ -334,13 +201,13 @@ def write_rows(out: Any, start: int, add: bool, kind: int, columns: Any, plan: A
             _go_on(state, middle, columns.steps)
             _sum_columns(z, middle, columns, plan, rows)
         for part in range(0, n, plan.inner):
-            _stages(z, part, part + plan.inner, stages, 0, parted, plan.turns, own)
+            run_stages(z, part, part + plan.inner, stages, 0, parted, plan.turns, own)
         last = stages.shape[0] - 1 if plan.blended else stages.shape[0]
-        _stages(z, 0, n, stages, parted, last, plan.turns, own)
+        run_stages(z, 0, n, stages, parted, last, plan.turns, own)
         if plan.blended:  # a tile of each quarter goes out while it is in the first cache
             s, at = stages[last, 1], stages[last, 2]
             for j in range(0, s, TILE):
-                _radix4(z, 0, n, s, plan.turns, at, j, j + TILE)
+                radix4(z, 0, n, s, plan.turns, at, j, j + TILE)
                 for quarter in range(4):
                     _put_columns(out, z, tile, plan.order, quarter * s + j, TILE, n, begin, count, add, kind)
         else:
@@ -348,7 +215,7 @@ def write_rows(out: Any, start: int, add: bool, kind: int, columns: Any, plan: A
                 _put_columns(out, z, tile, plan.order, j, min(TILE, n - j), n, begin, count, add, kind)
 
 
-@_jit
+@jit
 def _put_columns(
     out: Any,
     z: Any,
@@ -372,7 +239,7 @@ def _put_columns(
                 _put(out, row * n + first, tile, r * TILE, wide, add, kind)
 
 
-@_jit
+@jit
 def _put(out: Any, at: int, tile: Any, source: int, count: int, add: bool, kind: int) -> None:
     """``count`` numbers of one row, from the tile; what fills no vector is native."""
     whole = count - count % LANES

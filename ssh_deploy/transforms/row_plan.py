@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.transforms.base import Axis, Index, Separable
-from ssh_deploy.transforms.compiled import PLACE, Columns, Plan, sort_columns
+from ssh_deploy.transforms.compiled import Columns, Plan, sort_columns
+from ssh_deploy.transforms.stages import PLACE
 from ssh_deploy.transforms.vectors import LANES, LINE, TILE
 
 _INNER = 256  # places whose transform stays in the first cache: 32 KB of float32
@@ -28,7 +29,10 @@ def radices(n: int) -> list[int] | None:
             rest //= p
         p += 2
     twos = (n & -n).bit_length() - 1
-    return None if rest > 1 else odd + [2] * (twos % 2) + [4] * (twos // 2)
+    eights, more = divmod(max(twos - 2, 0), 3)  # the last stage is of radix 4 (`Plan.blended`)
+    first = [2] if more == 1 and not eights else [4, 4] if more == 1 else [4] if more == 2 else []
+    last = [4] if twos > 1 else [2] * twos
+    return None if rest > 1 else odd + first + [8] * (eights - (len(first) == 2)) + last
 
 
 @lru_cache(maxsize=16)
@@ -46,9 +50,9 @@ def plan_of(axis: Axis, n: int, dtype: np.dtype[Any]) -> Plan | None:
     stages, turns, s, inner, at = [], [], 1, 1, 0
     for radix in factors:
         powers = np.outer(np.arange(s), np.arange(1, radix)) / (radix * s)
-        roots = np.arange(radix) / radix if radix % 2 else np.empty(0)
+        roots = np.exp(2j * np.pi * np.arange(radix) / radix) if radix % 2 else np.array([np.sqrt(0.5) + 0j])
         stages.append((radix, s, at, at + 2 * powers.size))
-        turns += [np.exp(-2j * np.pi * powers).reshape(-1), np.exp(2j * np.pi * roots)]
+        turns += [np.exp(-2j * np.pi * powers).reshape(-1), roots]
         at += 2 * (powers.size + roots.size)
         s *= radix
         inner = s if s <= _INNER else inner

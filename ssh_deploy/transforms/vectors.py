@@ -4,8 +4,8 @@ LLVM does not find vectors by itself in loops like those of `transforms.compiled
 one array are not the same. So they are written down, and LLVM makes of each what the processor has (one register of
 AVX-512, two of AVX2, four of NEON).
 
-Numba keeps what it compiled until the file of the compiled function changes, and that is not this one: who edits here
-deletes ``__pycache__``. (Tests keep theirs apart by the files' contents.)
+Numba keeps what it compiled until the file of the outermost function changes, which is `transforms.compiled`: who
+edits here or in `transforms.stages` deletes ``__pycache__``. (Tests keep theirs apart by the files' contents.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
@@ -27,6 +27,18 @@ TILE = 64  # columns of the tile that `turn` fills: 256 bytes of float32
 NATIVE, HALF, BFLOAT = 0, 1, 2  # what the numbers of an array are: its dtype's, or halfs in uint16
 
 _INDEX = ir.IntType(64)
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compiled by numba at first use, to run without the interpreter's lock.
+
+    The machine code is kept beside the function's file or in the user's cache, where one of them can be written.
+    """
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no place to keep it
+        return njit(**options)(function)
 
 
 class Vector(types.Type):
@@ -266,6 +278,7 @@ def _(array: Any, index: Any, value: Any, kind: Any) -> Any:
     return narrow
 
 
+@lru_cache(maxsize=16)
 def kind_of(dtype: np.dtype[Any]) -> int | None:
     """How W's numbers are read and written; None where this processor cannot."""
     if dtype in (np.float32, np.float64):
@@ -275,6 +288,5 @@ def kind_of(dtype: np.dtype[Any]) -> int | None:
     return HALF if dtype == np.float16 and _converts() else None
 
 
-@lru_cache(maxsize=1)
 def _converts() -> bool:
     return platform.machine().lower() in ("aarch64", "arm64") or bool(binding.get_host_cpu_features().get("f16c"))

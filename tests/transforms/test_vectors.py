@@ -89,12 +89,12 @@ def test_outside_of_compiled_code_halfs_are_an_error():
 
 
 def test_a_processor_that_cannot_convert_float16_has_no_kind_for_it(monkeypatch):
-    vectors._converts.cache_clear()
+    vectors.kind_of.cache_clear()
     monkeypatch.setattr(vectors.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(vectors.binding, "get_host_cpu_features", lambda: {"f16c": False})
     assert vectors.kind_of(np.dtype(np.float16)) is None
     assert vectors.kind_of(np.dtype(ml_dtypes.bfloat16)) == BFLOAT
-    vectors._converts.cache_clear()
+    vectors.kind_of.cache_clear()
     monkeypatch.undo()
     assert vectors.kind_of(np.dtype(np.float16)) in (None, HALF)
     assert vectors.kind_of(np.dtype(np.int8)) is None
