@@ -102,8 +102,8 @@ def measure_transform(*, options: TransformOptions | None = None, progress: Prog
 def _settled(variant: Variant) -> Variant:
     """Right before it is timed a variant runs for a while, after torch's threads, which spin, have gone to sleep.
 
-    So each finds the machine as it left it itself, and at the clock that it reaches after some milliseconds of work: one
-    run was too little of that for the short ones.
+    So each finds the machine as it left it itself, and at the clock that it reaches after some milliseconds of work:
+    one run was too little of that for the short ones.
     """
 
     def settle(i: int) -> None:

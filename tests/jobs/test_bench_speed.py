@@ -162,3 +162,19 @@ def test_committed_results_of_the_merge(committed):
     flat = {row["gigabytes"]: row["anonymous_mb"] for row in found["results"] if row["variant"] == "merge"}
     assert set(flat) == {4.0, 12.0}
     assert flat[12.0] <= 1.1 * flat[4.0]
+
+
+def test_a_short_variant_runs_for_a_while_before_it_is_timed(monkeypatch):
+    """A long one once: what matters is that the machine is at work for as long as for the others."""
+    now = [0.0]
+    monkeypatch.setattr(bench_transform.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(bench_transform.time, "perf_counter", lambda: now[0])
+    runs = {0.003: 0, 0.5: 0}
+    for takes in runs:
+
+        def variant(_, takes=takes):
+            runs[takes] += 1
+            now[0] += takes
+
+        bench_transform._settled(variant)(0)
+    assert runs == {0.003: 4, 0.5: 1}
