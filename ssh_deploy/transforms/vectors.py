@@ -11,13 +11,12 @@ edits here or in `transforms.stages` deletes ``__pycache__``. (Tests keep theirs
 from __future__ import annotations
 
 import operator
-import platform
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, models, overload, register_model
 
@@ -139,24 +138,44 @@ def store(_: Any, array: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def _load_half(_: Any, array: Any, index: Any) -> Any:
-    """float16 numbers in uint16 as float32."""
+    """float16 numbers in uint16 as float32: exponents are 112 less there. Not every processor has this of its own."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = _vector(ir.IntType(16))
-        found = builder.load(_address(context, builder, signature.args[0], args[0], args[1], bits), align=2)
-        return builder.fpext(builder.bitcast(found, _vector(ir.HalfType())), _vector(ir.FloatType()))
+        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
+        bits = builder.zext(builder.load(address, align=2), _vector(ir.IntType(32)))
+        moved = builder.shl(builder.and_(bits, _constant(32, 0x7FFF)), _constant(32, 13))
+        scale = ir.Constant(_vector(ir.FloatType()), [2.0**112] * LANES)
+        scaled = builder.bitcast(builder.fmul(builder.bitcast(moved, scale.type), scale), moved.type)
+        no_number = builder.icmp_unsigned(">=", moved, _constant(32, 0x7C00 << 13))
+        found = builder.select(no_number, builder.or_(moved, _constant(32, 0x7F800000)), scaled)
+        sign = builder.shl(builder.and_(bits, _constant(32, 0x8000)), _constant(32, 16))
+        return builder.bitcast(builder.or_(found, sign), scale.type)
 
     return Vector(types.float32)(array, types.intp), generate
 
 
 @intrinsic
 def _store_half(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """float32 numbers rounded to float16 in uint16."""
+    """float32 numbers rounded to float16, to nearest even, in uint16; no number stays none."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = _vector(ir.IntType(16))
-        rounded = builder.bitcast(builder.fptrunc(args[2], _vector(ir.HalfType())), bits)
-        builder.store(rounded, _address(context, builder, signature.args[0], args[0], args[1], bits), align=2)
+        bits = builder.bitcast(args[2], _vector(ir.IntType(32)))
+        size = builder.and_(bits, _constant(32, 0x7FFFFFFF))
+        # below 2⁻¹⁴ the last bit is 2⁻²⁴, which is that of 0.5 in float32: the sum is rounded there
+        half = ir.Constant(_vector(ir.FloatType()), [0.5] * LANES)
+        added = builder.fadd(builder.bitcast(size, half.type), half)
+        small = builder.sub(builder.bitcast(added, size.type), _constant(32, 0x3F000000))
+        odd = builder.and_(builder.lshr(size, _constant(32, 13)), _constant(32, 1))
+        fewer = builder.add(size, _constant(32, 0xFFF - (112 << 23)))  # the exponent, and half of the last bit less one
+        normal = builder.lshr(builder.add(fewer, odd), _constant(32, 13))
+        found = builder.select(builder.icmp_unsigned("<", size, _constant(32, 0x38800000)), small, normal)
+        beyond = builder.icmp_unsigned(">=", size, _constant(32, 0x477FF000))  # 65,520
+        found = builder.select(beyond, _constant(32, 0x7C00), found)
+        no_number = builder.icmp_unsigned(">", size, _constant(32, 0x7F800000))
+        found = builder.select(no_number, _constant(32, 0x7E00), found)
+        sign = builder.lshr(builder.and_(bits, _constant(32, -(1 << 31))), _constant(32, 16))
+        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
+        builder.store(builder.trunc(builder.or_(found, sign), _vector(ir.IntType(16))), address, align=2)
         return context.get_dummy_value()
 
     return types.void(array, types.intp, value), generate
@@ -280,13 +299,7 @@ def _(array: Any, index: Any, value: Any, kind: Any) -> Any:
 
 @lru_cache(maxsize=16)
 def kind_of(dtype: np.dtype[Any]) -> int | None:
-    """How W's numbers are read and written; None where this processor cannot."""
+    """How an array's numbers are read and written; None: not at all."""
     if dtype in (np.float32, np.float64):
         return NATIVE
-    if dtype.name == "bfloat16":
-        return BFLOAT
-    return HALF if dtype == np.float16 and _converts() else None
-
-
-def _converts() -> bool:
-    return platform.machine().lower() in ("aarch64", "arm64") or bool(binding.get_host_cpu_features().get("f16c"))
+    return {"float16": HALF, "bfloat16": BFLOAT}.get(dtype.name)

@@ -1,5 +1,10 @@
 """Vectors in compiled code: halfs bit for bit, a turned tile, what lies beside it left alone."""
 
+import json
+import os
+import subprocess
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -8,6 +13,20 @@ from numba import njit
 from ssh_deploy.transforms import vectors
 from ssh_deploy.transforms.vectors import BFLOAT, HALF, LANES, TILE, every, load, load_back, read, store, turn, write
 
+EVERYWHERE = """
+import json, ml_dtypes, numpy as np
+from ssh_deploy.testing import sparse_spectrum
+from ssh_deploy.transforms import cpu, get_transform
+found = []
+for dtype in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16):
+    for shape in ((40, 60), (40, 64)):
+        weight = np.zeros(shape, dtype)
+        t = get_transform("cosine")
+        parts = sparse_spectrum(np.random.default_rng(0), shape, 50)
+        cpu.add_synthesis(weight, t.axis, t.separable(*parts, shape), gain=1.0)
+        found.append(float((weight.astype(np.float64) ** 2).sum()))
+print(json.dumps([x / found[0] for x in found[:4]] + [x / found[4] for x in found[4:]]))
+"""
 KINDS = [(HALF, np.dtype(np.float16)), (BFLOAT, np.dtype(ml_dtypes.bfloat16))]
 
 
@@ -88,13 +107,17 @@ def test_outside_of_compiled_code_halfs_are_an_error():
         write(np.zeros(16, np.uint16), 0, None, HALF)
 
 
-def test_a_processor_that_cannot_convert_float16_has_no_kind_for_it(monkeypatch):
-    vectors.kind_of.cache_clear()
-    monkeypatch.setattr(vectors.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(vectors.binding, "get_host_cpu_features", lambda: {"f16c": False})
-    assert vectors.kind_of(np.dtype(np.float16)) is None
-    assert vectors.kind_of(np.dtype(ml_dtypes.bfloat16)) == BFLOAT
-    vectors.kind_of.cache_clear()
-    monkeypatch.undo()
-    assert vectors.kind_of(np.dtype(np.float16)) in (None, HALF)
-    assert vectors.kind_of(np.dtype(np.int8)) is None
+def test_kinds_of_arrays():
+    found = [vectors.kind_of(np.dtype(t)) for t in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int8)]
+    assert found == [vectors.NATIVE, vectors.NATIVE, HALF, BFLOAT, None]
+
+
+def test_a_processor_without_vectors_or_halfs_of_its_own_computes_the_same():
+    """Machine code of any x86-64 or ARM: no AVX, no conversions, no fused products; 60 columns are no whole vectors."""
+    sums = []
+    for name in ("", "generic"):
+        environment = os.environ | ({"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""} if name else {})
+        done = subprocess.run([sys.executable, "-c", EVERYWHERE], env=environment, capture_output=True, check=True)
+        sums.append(np.array(json.loads(done.stdout)))
+    np.testing.assert_allclose(sums[0], sums[1], atol=2e-3)
+    assert np.abs(sums[0]).min() > 0.1
