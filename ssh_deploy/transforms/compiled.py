@@ -140,12 +140,10 @@ def _go_on(state: Any, middle: Any, steps: Any) -> None:
 
 
 @jit
-def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any) -> None:
-    """``z`` = all columns in the rows around ``middle``, each in its places; ``rows`` of W are asked for meanwhile."""
+def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any, share: int, line: int) -> None:
+    """``z`` = all columns in the rows around ``middle``, each in its places; ``rows`` of W are asked for by shares."""
     z[:] = 0
     size, turns, u = middle.size // 2, columns.turns, columns.u
-    line = LINE // rows.itemsize
-    share = (rows.size // (columns.held.size * line) + 1) * line
     for h in range(columns.held.size):
         k, end = columns.runs[h], columns.runs[h + 1]
         at = u[k] * PLACE
@@ -155,21 +153,19 @@ def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any) -> Non
             even = even + load(turns, at) * every(middle, other)
             odd = odd + load(turns, at + LANES) * every(middle, size + other)
         _place(z, columns.held[h], plan, even + odd, even - odd)
-        for at in range(h * share, min((h + 1) * share, rows.size), line):
-            expect(rows, at)
+        for ahead in range(h * share, min((h + 1) * share, rows.size), line):
+            expect(rows, ahead)
 
 
 @jit
-def _take_columns(z: Any, start: int, columns: Any, plan: Any, rows: Any) -> None:
-    """``z`` = all columns in the rows from ``start`` on, each in its places; ``rows`` of W are asked for meanwhile."""
+def _take_columns(z: Any, start: int, columns: Any, plan: Any, rows: Any, share: int, line: int) -> None:
+    """``z`` = all columns in the rows from ``start`` on, each in its places; ``rows`` of W are asked for by shares."""
     z[:] = 0
-    line = LINE // rows.itemsize
-    share = (rows.size // (columns.held.size * line) + 1) * line
     for h in range(columns.held.size):
         at = h * columns.stride + start
         _place(z, columns.held[h], plan, load(columns.kept, at + LANES), load_back(columns.kept, at))
-        for at in range(h * share, min((h + 1) * share, rows.size), line):
-            expect(rows, at)
+        for ahead in range(h * share, min((h + 1) * share, rows.size), line):
+            expect(rows, ahead)
 
 
 @jit
@@ -193,13 +189,15 @@ def write_rows(out: Any, start: int, add: bool, kind: int, columns: Any, plan: A
     parted = 0
     while parted < stages.shape[0] and stages[parted, 0] * stages[parted, 1] <= plan.inner:
         parted += 1
+    line = LINE // out.itemsize
     for begin in range(0, count, ROWS):
         rows = out[begin * n : (begin + ROWS) * n]
+        share = (rows.size // (columns.held.size * line) + 1) * line
         if columns.kept.size > 0:
-            _take_columns(z, start + begin, columns, plan, rows)
+            _take_columns(z, start + begin, columns, plan, rows, share, line)
         else:
             _go_on(state, middle, columns.steps)
-            _sum_columns(z, middle, columns, plan, rows)
+            _sum_columns(z, middle, columns, plan, rows, share, line)
         for part in range(0, n, plan.inner):
             run_stages(z, part, part + plan.inner, stages, 0, parted, plan.turns, own)
         last = stages.shape[0] - 1 if plan.blended else stages.shape[0]

@@ -19,7 +19,6 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -54,26 +53,18 @@ def add_synthesis(weight: NDArray[Any], axis: Axis, spectrum: Separable, *, gain
     if abs(weight.strides[0]) < abs(weight.strides[1]):
         weight, spectrum = weight.T, transposed(spectrum)
     work = np.dtype(np.float64 if weight.dtype == np.float64 else np.float32)
-    if weight.size <= _ALONE:
-        rows = RowSynthesis(weight.shape, axis, spectrum, gain=gain, rows=weight.shape[0], dtype=work)
-        rows.add(weight, 0, rows.scratch())
-        return
-    threads = threads or cores()
-    step = block_rows(weight.shape, threads)
+    alone = weight.size <= _ALONE
+    threads = 1 if alone else threads or cores()
+    step = weight.shape[0] if alone else block_rows(weight.shape, threads)
+    rows = RowSynthesis(weight.shape, axis, spectrum, gain=gain, rows=step, dtype=work, threads=threads)
     starts = iter(range(0, weight.shape[0], step))  # whoever is free takes the next
-    prepared, made = Lock(), list[RowSynthesis]()
 
     def add() -> None:
-        with prepared:
-            rows = made[0] if made else None
-        if rows is not None:
-            scratch = rows.scratch()
-            for start in starts:
-                rows.add(weight[start : start + step], start, scratch)
+        scratch = rows.scratch()
+        for start in starts:
+            rows.add(weight[start : start + step], start, scratch)
 
-    with prepared:  # the others wake meanwhile
-        helpers = [pool(threads).submit(add) for _ in range(threads - 1)]
-        made.append(RowSynthesis(weight.shape, axis, spectrum, gain=gain, rows=step, dtype=work, threads=threads))
+    helpers = [pool(threads).submit(add) for _ in range(threads - 1)]
     try:
         add()
     finally:  # whatever happened here, nobody writes into W afterwards

@@ -30,9 +30,10 @@ def radices(n: int) -> list[int] | None:
         p += 2
     twos = (n & -n).bit_length() - 1
     eights, more = divmod(max(twos - 2, 0), 3)  # the last stage is of radix 4 (`Plan.blended`)
-    first = [2] if more == 1 and not eights else [4, 4] if more == 1 else [4] if more == 2 else []
+    if more == 1 and eights:  # 4·4 for 8·2
+        eights, more = eights - 1, 4
     last = [4] if twos > 1 else [2] * twos
-    return None if rest > 1 else odd + first + [8] * (eights - (len(first) == 2)) + last
+    return None if rest > 1 else odd + [4] * (more // 2) + [2] * (more % 2) + [8] * eights + last
 
 
 @lru_cache(maxsize=16)

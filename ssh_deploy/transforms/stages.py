@@ -15,14 +15,21 @@ PLACE = 2 * LANES  # numbers of a place: real parts, then imaginary ones
 
 
 @jit
+def _turned(z: Any, a: int, turns: Any, t: int) -> Any:
+    """Place a times the t-th factor."""
+    xr, xi, wr, wi = load(z, a), load(z, a + LANES), every(turns, t), every(turns, t + 1)
+    return xr * wr - xi * wi, xr * wi + xi * wr
+
+
+@jit
 def _radix2(z: Any, begin: int, end: int, s: int, turns: Any, at: int) -> None:
     for group in range(begin, end, 2 * s):
         for j in range(s):
             t = at + 2 * j
             a = (group + j) * PLACE
             b = a + s * PLACE
-            ar, ai, xr, xi = load(z, a), load(z, a + LANES), load(z, b), load(z, b + LANES)
-            br, bi = xr * every(turns, t) - xi * every(turns, t + 1), xr * every(turns, t + 1) + xi * every(turns, t)
+            ar, ai = load(z, a), load(z, a + LANES)
+            br, bi = _turned(z, b, turns, t)
             store(z, a, ar + br)
             store(z, a + LANES, ai + bi)
             store(z, b, ar - br)
@@ -37,18 +44,10 @@ def radix4(z: Any, begin: int, end: int, s: int, turns: Any, at: int, first: int
             t = at + 6 * j
             a = (group + j) * PLACE
             b, c, d = a + s * PLACE, a + 2 * s * PLACE, a + 3 * s * PLACE
-            ar, ai, xr, xi = load(z, a), load(z, a + LANES), load(z, b), load(z, b + LANES)
-            br, bi = xr * every(turns, t) - xi * every(turns, t + 1), xr * every(turns, t + 1) + xi * every(turns, t)
-            xr, xi = load(z, c), load(z, c + LANES)
-            cr, ci = (
-                xr * every(turns, t + 2) - xi * every(turns, t + 3),
-                xr * every(turns, t + 3) + xi * every(turns, t + 2),
-            )
-            xr, xi = load(z, d), load(z, d + LANES)
-            dr, di = (
-                xr * every(turns, t + 4) - xi * every(turns, t + 5),
-                xr * every(turns, t + 5) + xi * every(turns, t + 4),
-            )
+            ar, ai = load(z, a), load(z, a + LANES)
+            br, bi = _turned(z, b, turns, t)
+            cr, ci = _turned(z, c, turns, t + 2)
+            dr, di = _turned(z, d, turns, t + 4)
             pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
             ur, ui, vr, vi = br + dr, bi + di, br - dr, bi - di
             store(z, a, pr + ur)
@@ -59,13 +58,6 @@ def radix4(z: Any, begin: int, end: int, s: int, turns: Any, at: int, first: int
             store(z, c + LANES, pi - ui)
             store(z, d, qr - vi)
             store(z, d + LANES, qi + vr)
-
-
-@jit
-def _turned(z: Any, a: int, turns: Any, t: int) -> Any:
-    """Place a times the t-th factor."""
-    xr, xi, wr, wi = load(z, a), load(z, a + LANES), every(turns, t), every(turns, t + 1)
-    return xr * wr - xi * wi, xr * wi + xi * wr
 
 
 @jit
@@ -119,13 +111,9 @@ def _radix3(z: Any, begin: int, end: int, s: int, turns: Any, at: int, roots: in
             t = at + 4 * j
             a = (group + j) * PLACE
             b, c = a + s * PLACE, a + 2 * s * PLACE
-            ar, ai, xr, xi = load(z, a), load(z, a + LANES), load(z, b), load(z, b + LANES)
-            br, bi = xr * every(turns, t) - xi * every(turns, t + 1), xr * every(turns, t + 1) + xi * every(turns, t)
-            xr, xi = load(z, c), load(z, c + LANES)
-            cr, ci = (
-                xr * every(turns, t + 2) - xi * every(turns, t + 3),
-                xr * every(turns, t + 3) + xi * every(turns, t + 2),
-            )
+            ar, ai = load(z, a), load(z, a + LANES)
+            br, bi = _turned(z, b, turns, t)
+            cr, ci = _turned(z, c, turns, t + 2)
             ur, ui, vr, vi = br + cr, bi + ci, (br - cr) * sin, (bi - ci) * sin
             pr, pi = ar + ur * cos, ai + ui * cos
             store(z, a, ar + ur)
@@ -148,16 +136,8 @@ def _radix_odd(z: Any, begin: int, end: int, p: int, s: int, turns: Any, at: int
             tr, ti = ar, ai
             for k in range(1, half + 1):
                 b, c = a + k * s * PLACE, a + (p - k) * s * PLACE
-                x, y = t + 2 * (k - 1), t + 2 * (p - k - 1)
-                xr, xi, yr, yi = load(z, b), load(z, b + LANES), load(z, c), load(z, c + LANES)
-                br, bi = (
-                    xr * every(turns, x) - xi * every(turns, x + 1),
-                    xr * every(turns, x + 1) + xi * every(turns, x),
-                )
-                cr, ci = (
-                    yr * every(turns, y) - yi * every(turns, y + 1),
-                    yr * every(turns, y + 1) + yi * every(turns, y),
-                )
+                br, bi = _turned(z, b, turns, t + 2 * (k - 1))
+                cr, ci = _turned(z, c, turns, t + 2 * (p - k - 1))
                 o = 2 * (k - 1) * PLACE
                 store(own, o, br + cr)
                 store(own, o + LANES, bi + ci)
@@ -167,16 +147,15 @@ def _radix_odd(z: Any, begin: int, end: int, p: int, s: int, turns: Any, at: int
             store(z, a, tr)
             store(z, a + LANES, ti)
             for m in range(1, half + 1):
-                er, ei = ar, ai
                 x = roots + 2 * m
+                er, ei = ar + load(own, 0) * every(turns, x), ai + load(own, LANES) * every(turns, x)
                 fr, fi = load(own, PLACE) * every(turns, x + 1), load(own, PLACE + LANES) * every(turns, x + 1)
-                for k in range(1, half + 1):
+                for k in range(2, half + 1):
                     x = roots + 2 * (k * m % p)
                     o = 2 * (k - 1) * PLACE
                     er, ei = er + load(own, o) * every(turns, x), ei + load(own, o + LANES) * every(turns, x)
-                    if k > 1:
-                        fr = fr + load(own, o + PLACE) * every(turns, x + 1)
-                        fi = fi + load(own, o + PLACE + LANES) * every(turns, x + 1)
+                    fr = fr + load(own, o + PLACE) * every(turns, x + 1)
+                    fi = fi + load(own, o + PLACE + LANES) * every(turns, x + 1)
                 b, c = a + m * s * PLACE, a + (p - m) * s * PLACE
                 store(z, b, er + fi)
                 store(z, b + LANES, ei - fr)

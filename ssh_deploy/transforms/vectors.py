@@ -136,79 +136,82 @@ def store(_: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, types.intp, value), generate
 
 
-@intrinsic
-def _load_half(_: Any, array: Any, index: Any) -> Any:
-    """float16 numbers in uint16 as float32: exponents are 112 less there. Not every processor has this of its own."""
+def _reader(widened: Callable[[Any, Any], Any]) -> Any:
+    """Intrinsic: halfs in uint16 at an index as float32, by ``widened(builder, bits in int32)``."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
-        bits = builder.zext(builder.load(address, align=2), _vector(ir.IntType(32)))
-        moved = builder.shl(builder.and_(bits, _constant(32, 0x7FFF)), _constant(32, 13))
-        scale = ir.Constant(_vector(ir.FloatType()), [2.0**112] * LANES)
-        scaled = builder.bitcast(builder.fmul(builder.bitcast(moved, scale.type), scale), moved.type)
-        no_number = builder.icmp_unsigned(">=", moved, _constant(32, 0x7C00 << 13))
-        found = builder.select(no_number, builder.or_(moved, _constant(32, 0x7F800000)), scaled)
-        sign = builder.shl(builder.and_(bits, _constant(32, 0x8000)), _constant(32, 16))
-        return builder.bitcast(builder.or_(found, sign), scale.type)
+    @intrinsic
+    def read_halfs(_: Any, array: Any, index: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
+            return widened(builder, builder.zext(builder.load(address, align=2), _vector(ir.IntType(32))))
 
-    return Vector(types.float32)(array, types.intp), generate
+        return Vector(types.float32)(array, types.intp), generate
+
+    return read_halfs
 
 
-@intrinsic
-def _store_half(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """float32 numbers rounded to float16, to nearest even, in uint16; no number stays none."""
+def _writer(narrowed: Callable[[Any, Any], Any]) -> Any:
+    """Intrinsic: float32 numbers as halfs in uint16 at an index, by ``narrowed(builder, numbers)``, bits in int32."""
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[2], _vector(ir.IntType(32)))
-        size = builder.and_(bits, _constant(32, 0x7FFFFFFF))
-        # below 2⁻¹⁴ the last bit is 2⁻²⁴, which is that of 0.5 in float32: the sum is rounded there
-        half = ir.Constant(_vector(ir.FloatType()), [0.5] * LANES)
-        added = builder.fadd(builder.bitcast(size, half.type), half)
-        small = builder.sub(builder.bitcast(added, size.type), _constant(32, 0x3F000000))
-        odd = builder.and_(builder.lshr(size, _constant(32, 13)), _constant(32, 1))
-        fewer = builder.add(size, _constant(32, 0xFFF - (112 << 23)))  # the exponent, and half of the last bit less one
-        normal = builder.lshr(builder.add(fewer, odd), _constant(32, 13))
-        found = builder.select(builder.icmp_unsigned("<", size, _constant(32, 0x38800000)), small, normal)
-        beyond = builder.icmp_unsigned(">=", size, _constant(32, 0x477FF000))  # 65,520
-        found = builder.select(beyond, _constant(32, 0x7C00), found)
-        no_number = builder.icmp_unsigned(">", size, _constant(32, 0x7F800000))
-        found = builder.select(no_number, _constant(32, 0x7E00), found)
-        sign = builder.lshr(builder.and_(bits, _constant(32, -(1 << 31))), _constant(32, 16))
-        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
-        builder.store(builder.trunc(builder.or_(found, sign), _vector(ir.IntType(16))), address, align=2)
-        return context.get_dummy_value()
+    @intrinsic
+    def write_halfs(_: Any, array: Any, index: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
+            builder.store(builder.trunc(narrowed(builder, args[2]), _vector(ir.IntType(16))), address, align=2)
+            return context.get_dummy_value()
 
-    return types.void(array, types.intp, value), generate
+        return types.void(array, types.intp, value), generate
+
+    return write_halfs
 
 
-@intrinsic
-def _load_bfloat(_: Any, array: Any, index: Any) -> Any:
-    """bfloat16 numbers in uint16 as float32: their upper half."""
+def _half_widened(builder: Any, bits: Any) -> Any:
+    """float16: exponents are 112 less. By integers, for not every processor has this of its own."""
+    moved = builder.shl(builder.and_(bits, _constant(32, 0x7FFF)), _constant(32, 13))
+    scale = ir.Constant(_vector(ir.FloatType()), [2.0**112] * LANES)
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(moved, scale.type), scale), moved.type)
+    no_number = builder.icmp_unsigned(">=", moved, _constant(32, 0x7C00 << 13))
+    found = builder.select(no_number, builder.or_(moved, _constant(32, 0x7F800000)), scaled)
+    sign = builder.shl(builder.and_(bits, _constant(32, 0x8000)), _constant(32, 16))
+    return builder.bitcast(builder.or_(found, sign), scale.type)
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
-        wide = builder.zext(builder.load(address, align=2), _vector(ir.IntType(32)))
-        return builder.bitcast(builder.shl(wide, _constant(32, 16)), _vector(ir.FloatType()))
 
-    return Vector(types.float32)(array, types.intp), generate
+def _half_narrowed(builder: Any, numbers: Any) -> Any:
+    """float16, to nearest even; no number stays none."""
+    bits = builder.bitcast(numbers, _vector(ir.IntType(32)))
+    size = builder.and_(bits, _constant(32, 0x7FFFFFFF))
+    # below 2⁻¹⁴ the last bit is 2⁻²⁴, which is that of 0.5 in float32: the sum is rounded there
+    half = ir.Constant(_vector(ir.FloatType()), [0.5] * LANES)
+    added = builder.fadd(builder.bitcast(size, half.type), half)
+    small = builder.sub(builder.bitcast(added, size.type), _constant(32, 0x3F000000))
+    odd = builder.and_(builder.lshr(size, _constant(32, 13)), _constant(32, 1))
+    fewer = builder.add(size, _constant(32, 0xFFF - (112 << 23)))  # the exponent, and half of the last bit less one
+    normal = builder.lshr(builder.add(fewer, odd), _constant(32, 13))
+    found = builder.select(builder.icmp_unsigned("<", size, _constant(32, 0x38800000)), small, normal)
+    beyond = builder.icmp_unsigned(">=", size, _constant(32, 0x477FF000))  # 65,520
+    found = builder.select(beyond, _constant(32, 0x7C00), found)
+    no_number = builder.icmp_unsigned(">", size, _constant(32, 0x7F800000))
+    found = builder.select(no_number, _constant(32, 0x7E00), found)
+    return builder.or_(found, builder.lshr(builder.and_(bits, _constant(32, -(1 << 31))), _constant(32, 16)))
 
 
-@intrinsic
-def _store_bfloat(_: Any, array: Any, index: Any, value: Any) -> Any:
-    """float32 numbers rounded to bfloat16, to nearest even, in uint16; no number stays none."""
+def _bfloat_widened(builder: Any, bits: Any) -> Any:
+    """bfloat16: the upper half."""
+    return builder.bitcast(builder.shl(bits, _constant(32, 16)), _vector(ir.FloatType()))
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[2], _vector(ir.IntType(32)))
-        upper = builder.lshr(bits, _constant(32, 16))
-        half = builder.add(builder.and_(upper, _constant(32, 1)), _constant(32, 0x7FFF))
-        rounded = builder.lshr(builder.add(bits, half), _constant(32, 16))
-        odd = builder.fcmp_unordered("uno", args[2], args[2])
-        kept = builder.select(odd, builder.or_(upper, _constant(32, 0x40)), rounded)
-        address = _address(context, builder, signature.args[0], args[0], args[1], _vector(ir.IntType(16)))
-        builder.store(builder.trunc(kept, _vector(ir.IntType(16))), address, align=2)
-        return context.get_dummy_value()
 
-    return types.void(array, types.intp, value), generate
+def _bfloat_narrowed(builder: Any, numbers: Any) -> Any:
+    """bfloat16, to nearest even; no number stays none."""
+    bits = builder.bitcast(numbers, _vector(ir.IntType(32)))
+    upper = builder.lshr(bits, _constant(32, 16))
+    half = builder.add(builder.and_(upper, _constant(32, 1)), _constant(32, 0x7FFF))
+    rounded = builder.lshr(builder.add(bits, half), _constant(32, 16))
+    odd = builder.fcmp_unordered("uno", numbers, numbers)
+    return builder.select(odd, builder.or_(upper, _constant(32, 0x40)), rounded)
+
+
+_load_half, _store_half = _reader(_half_widened), _writer(_half_narrowed)
+_load_bfloat, _store_bfloat = _reader(_bfloat_widened), _writer(_bfloat_narrowed)
 
 
 def _operation(instruction: str) -> Any:
