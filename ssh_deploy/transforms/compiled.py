@@ -1,17 +1,21 @@
 """Rows of ``ΔW = F_Mᵀ S F_N`` out of coefficients, compiled: both passes, 32 rows at a time.
 
 A row is ``F_Nᵀ y`` with y real, which is the real part of a Fourier transform: ``Re Σ_k w_k y_k e^{−iθjk}``
-(transforms.base). It is made real altogether by half of ``w_k y_k`` in place k and half of its conjugate in place n−k;
-then two rows share one complex transform, the one as its real, the other as its imaginary part. Sixteen such pairs go
-through it side by side, a vector in each place, so that no step reaches across lanes; only what comes out is turned,
-16×16 at a time, on its way to the rows of W.
+(transforms.base). Two rows share one complex transform; they are half the sum E and half the difference O of two rows
+of W. Sixteen such pairs go through it side by side, a vector in each place, so that no step reaches across lanes; only
+what comes out is turned, 16×16 at a time, on its way to the rows of W.
+
+* Hartley's weights are all alike, ``(1+i)/√n``. Out of ``Z = Σ (E + iO)_k e^{−iθjk}`` come ``Re Z_j + Im Z_{n−j}``, the
+  transform of E + O, and ``Re Z_{n−j} − Im Z_j``, that of E − O, because those of E and O alone are each other's
+  conjugates in j and n−j.
+* Other weights cannot wait until the end. Half of ``w_k y_k`` goes to place k and half of its conjugate to place n−k,
+  which makes the transform real; the one row is its real, the other its imaginary part.
 
 The transform is Cooley and Tukey's (1965), decimated in time and in place: coefficients are put where the reversed
 digits of their frequency say, and nothing else is permuted. Its first stages are taken a part at a time that fits the
-first cache; of the last one, what fits is turned and written before the rest is computed.
+first cache.
 
-Functions too long to become part of their caller are not called in inner loops: every array that is handed over is
-counted, which takes longer.
+What inner loops call is `inlined`.
 """
 
 from __future__ import annotations
@@ -20,19 +24,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssh_deploy.transforms.stages import PLACE, radix4, run_stages
+from ssh_deploy.transforms.stages import PLACE, run_stages
 from ssh_deploy.transforms.vectors import (
     LANES,
     LINE,
     TILE,
     every,
     expect,
+    inlined,
     jit,
     load,
     load_back,
     read,
     store,
     turn,
+    turn_differences,
+    turn_sums,
     write,
 )
 
@@ -49,7 +56,7 @@ class Columns(NamedTuple):
     """
 
     held: Any  # int64 [columns]
-    kept: Any  # [columns · stride]: the columns' rows, or empty: sums
+    kept: Any  # [columns · stride]: halves of the columns' rows, or empty: sums
     stride: int
     runs: Any  # int64 [columns + 1]
     u: Any  # int64 [k]
@@ -64,12 +71,12 @@ class Plan(NamedTuple):
 
     places: Any  # int64 [n]: where frequency k goes, in z
     order: Any  # int64 [n and up to LANES more]: where column j comes from
-    weights: Any  # [n, 2], half of w_k
+    weights: Any  # [n, 2], half of Re w_k + Im w_k, and of their difference
     stages: Any  # int64 [stages, 4]: radix, places before, where in ``turns`` its factors and an odd radix's roots are
     turns: Any
     inner: int  # the first stages are those of parts of so many places
     own: int  # places that an odd radix needs
-    blended: bool  # the last stage may be written as it comes: radix 4, whole tiles, columns in order
+    mirrored: bool  # rows come out of places j and n−j: Hartley's weights, whole vectors of columns in order
 
 
 @jit
@@ -104,17 +111,24 @@ def sort_columns(u: Any, v: Any, values: Any, gain: float, phases: Any, roots: A
     return held, runs, rows, weights, steps
 
 
-@jit
-def _place(z: Any, frequency: int, plan: Any, a: Any, b: Any) -> None:
-    """Add rows a and b of one column: as ``w(a + ib)/2`` in place k, ``w̄(a + ib)/2`` in place n−k."""
-    n = plan.places.size
-    p, q = plan.places[frequency], plan.places[n - frequency if frequency else 0]
-    wr, wi = every(plan.weights, 2 * frequency), every(plan.weights, 2 * frequency + 1)
-    ar, ai, br, bi = a * wr, a * wi, b * wr, b * wi
-    store(z, p, load(z, p) + (ar - bi))
-    store(z, p + LANES, load(z, p + LANES) + (br + ai))
-    store(z, q, load(z, q) + (ar + bi))
-    store(z, q + LANES, load(z, q + LANES) + (br - ai))
+@inlined
+def _place(z: Any, frequency: int, plan: Any, even: Any, odd: Any) -> None:
+    """The rows even + odd and even − odd of one column, each column once."""
+    p, sums = plan.places[frequency], every(plan.weights, 2 * frequency)
+    if plan.mirrored:
+        store(z, p, even * sums)
+        store(z, p + LANES, odd * sums)
+        return
+    # w(a + ib)/2 to place k, w̄(a + ib)/2 to place n−k
+    q, differences = (
+        plan.places[plan.places.size - frequency if frequency else 0],
+        every(plan.weights, 2 * frequency + 1),
+    )
+    es, ed, os, od = even * sums, even * differences, odd * sums, odd * differences
+    store(z, p, load(z, p) + (ed + os))
+    store(z, p + LANES, load(z, p + LANES) + (es - od))
+    store(z, q, load(z, q) + (es + od))
+    store(z, q + LANES, load(z, q + LANES) + (ed - os))
 
 
 @jit
@@ -127,7 +141,7 @@ def _begin(state: Any, start: int, columns: Any) -> None:
         state[k], state[size + k] = wr * root.real - wi * root.imag, wr * root.imag + wi * root.real
 
 
-@jit
+@inlined
 def _go_on(state: Any, middle: Any, steps: Any) -> None:
     """``middle`` = ``state`` in the dtype of the rows; ``state`` goes on to the next `ROWS` of them."""
     size = state.size // 2
@@ -152,7 +166,7 @@ def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any, share:
             at = u[other] * PLACE
             even = even + load(turns, at) * every(middle, other)
             odd = odd + load(turns, at + LANES) * every(middle, size + other)
-        _place(z, columns.held[h], plan, even + odd, even - odd)
+        _place(z, columns.held[h], plan, even, odd)
         for ahead in range(h * share, min((h + 1) * share, rows.size), line):
             expect(rows, ahead)
 
@@ -163,7 +177,8 @@ def _take_columns(z: Any, start: int, columns: Any, plan: Any, rows: Any, share:
     z[:] = 0
     for h in range(columns.held.size):
         at = h * columns.stride + start
-        _place(z, columns.held[h], plan, load(columns.kept, at + LANES), load_back(columns.kept, at))
+        a, b = load(columns.kept, at + LANES), load_back(columns.kept, at)
+        _place(z, columns.held[h], plan, a + b, a - b)
         for ahead in range(h * share, min((h + 1) * share, rows.size), line):
             expect(rows, ahead)
 
@@ -198,46 +213,43 @@ def write_rows(out: Any, start: int, add: bool, kind: int, columns: Any, plan: A
         else:
             _go_on(state, middle, columns.steps)
             _sum_columns(z, middle, columns, plan, rows, share, line)
-        for part in range(0, n, plan.inner):
-            run_stages(z, part, part + plan.inner, stages, 0, parted, plan.turns, own)
-        last = stages.shape[0] - 1 if plan.blended else stages.shape[0]
-        run_stages(z, 0, n, stages, parted, last, plan.turns, own)
-        if plan.blended:  # a tile of each quarter goes out while it is in the first cache
-            s, at = stages[last, 1], stages[last, 2]
-            for j in range(0, s, TILE):
-                radix4(z, 0, n, s, plan.turns, at, j, j + TILE)
-                for quarter in range(4):
-                    _put_columns(out, z, tile, plan.order, quarter * s + j, TILE, n, begin, count, add, kind)
-        else:
-            for j in range(0, n, TILE):
-                _put_columns(out, z, tile, plan.order, j, min(TILE, n - j), n, begin, count, add, kind)
+        for part in range(0, z.size, plan.inner * PLACE):
+            run_stages(z[part : part + plan.inner * PLACE], stages[:parted], plan.turns, own)
+        run_stages(z, stages[parted:], plan.turns, own)
+        for j in range(0, n, TILE):
+            _put_columns(out, z, tile, plan, j, min(TILE, n - j), begin, count, add, kind)
 
 
-@jit
+@inlined
 def _put_columns(
     out: Any,
     z: Any,
     tile: Any,
-    order: Any,
+    plan: Any,
     first: int,
     wide: int,
-    n: int,
     begin: int,
     count: int,
     add: bool,
     kind: int,
 ) -> None:
-    """``wide`` columns of all rows: real parts to those after the middle, imaginary ones before it, the last first."""
+    """``wide`` columns of all rows, of those after the middle and of those before it, the last first."""
+    n = plan.places.size
     for side in range(2):
         for column in range(0, wide, LANES):
-            turn(z, side * LANES, order, first + column, tile, column)
+            if not plan.mirrored:
+                turn(z, side * LANES, plan.order, first + column, tile, column)
+            elif side == 0:
+                turn_sums(z, n, first + column, tile, column)
+            else:
+                turn_differences(z, n, first + column, tile, column)
         for r in range(LANES):
             row = begin + (LANES - 1 - r if side else LANES + r)
             if row < count:
                 _put(out, row * n + first, tile, r * TILE, wide, add, kind)
 
 
-@jit
+@inlined
 def _put(out: Any, at: int, tile: Any, source: int, count: int, add: bool, kind: int) -> None:
     """``count`` numbers of one row, from the tile; what fills no vector is native."""
     whole = count - count % LANES

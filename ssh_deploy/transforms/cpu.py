@@ -148,6 +148,7 @@ class RowSynthesis:
             if spectrum.values.size <= _FEW * sums.held.size:
                 self._columns = sums
                 return
+            gain /= 2  # of `row_plan.kept`
         self._held, self._stage = _first_pass(shape, axis, spectrum, gain, self._dtype, threads)
         if self._plan is not None:
             self._columns = row_plan.kept(self._held, self._stage)

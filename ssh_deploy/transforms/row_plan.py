@@ -29,11 +29,13 @@ def radices(n: int) -> list[int] | None:
             rest //= p
         p += 2
     twos = (n & -n).bit_length() - 1
-    eights, more = divmod(max(twos - 2, 0), 3)  # the last stage is of radix 4 (`Plan.blended`)
+    eights, more = divmod(twos, 3)
     if more == 1 and eights:  # 4·4 for 8·2
         eights, more = eights - 1, 4
-    last = [4] if twos > 1 else [2] * twos
-    return None if rest > 1 else odd + [4] * (more // 2) + [2] * (more % 2) + [8] * eights + last
+    factors = odd + [4] * (more // 2) + [2] * (more % 2) + [8] * eights
+    if factors[:2] == [3, 4]:  # where nothing is turned yet, one stage for two
+        factors[:2] = [12]
+    return None if rest > 1 else factors
 
 
 @lru_cache(maxsize=16)
@@ -51,23 +53,24 @@ def plan_of(axis: Axis, n: int, dtype: np.dtype[Any]) -> Plan | None:
     stages, turns, s, inner, at = [], [], 1, 1, 0
     for radix in factors:
         powers = np.outer(np.arange(s), np.arange(1, radix)) / (radix * s)
-        roots = np.exp(2j * np.pi * np.arange(radix) / radix) if radix % 2 else np.array([np.sqrt(0.5) + 0j])
+        roots = np.array([np.sqrt(0.5)]) if radix in (2, 4, 8) else np.exp(2j * np.pi * np.arange(radix) / radix)
         stages.append((radix, s, at, at + 2 * powers.size))
         turns += [np.exp(-2j * np.pi * powers).reshape(-1), roots]
         at += 2 * (powers.size + roots.size)
         s *= radix
         inner = s if s <= _INNER else inner
-    permutation = axis.permutation(n)
+    permutation, weights = axis.permutation(n), axis.weights(n)
+    alike = bool(permutation is None and (weights == weights[0].real * (1 + 1j)).all())
     back = np.arange(n) if permutation is None else np.argsort(permutation)
     return Plan(
         places * PLACE,
         np.append(back, np.zeros(LANES, np.int64)) * PLACE,
-        _pairs(axis.weights(n) / 2, dtype),
+        _pairs(weights.conj() * (0.5 + 0.5j), dtype),
         np.array(stages, np.int64).reshape(-1, 4),
         _pairs(np.concatenate([np.empty(0), *turns]), dtype),
         inner,
         max([radix for radix in factors if radix % 2], default=0),
-        permutation is None and factors[-1:] == [4] and n // 4 % TILE == 0 and inner < n,
+        alike and n % LANES == 0,
     )
 
 
@@ -107,7 +110,7 @@ def sums(shape: tuple[int, int], axis: Axis, spectrum: Separable, gain: float, d
 
 
 def kept(held: Index, stage: NDArray[Any]) -> Columns:
-    """First pass that is there: ``stage`` [held, rows], contiguous, `ROWS` more of them than there are."""
+    """First pass that is there: half of it in ``stage`` [held, rows], contiguous, `ROWS` more rows than there are."""
     none, nothing = np.empty(0, np.int64), np.empty(0)
     flat = stage.reshape(-1)
     return Columns(held, flat, stage.shape[1], none, none, nothing, nothing, np.empty(0, complex), flat[:0])

@@ -9,126 +9,143 @@ from __future__ import annotations
 
 from typing import Any
 
-from ssh_deploy.transforms.vectors import LANES, every, jit, load, store
+from ssh_deploy.transforms.vectors import LANES, every, inlined, jit, load, store
 
 PLACE = 2 * LANES  # numbers of a place: real parts, then imaginary ones
 
 
-@jit
+@inlined
 def _turned(z: Any, a: int, turns: Any, t: int) -> Any:
     """Place a times the t-th factor."""
     xr, xi, wr, wi = load(z, a), load(z, a + LANES), every(turns, t), every(turns, t + 1)
     return xr * wr - xi * wi, xr * wi + xi * wr
 
 
+@inlined
+def _loaded(z: Any, a: int) -> Any:
+    return load(z, a), load(z, a + LANES)
+
+
+@inlined
+def _stored(z: Any, a: int, r: Any, i: Any) -> None:
+    store(z, a, r)
+    store(z, a + LANES, i)
+
+
+@inlined
+def _three(a: Any, b: Any, c: Any, cos: Any, sin: Any) -> Any:
+    """Transform of length 3 of complex numbers; ``cos``, ``sin`` of 2π/3."""
+    ur, ui, vr, vi = b[0] + c[0], b[1] + c[1], (b[0] - c[0]) * sin, (b[1] - c[1]) * sin
+    pr, pi = a[0] + ur * cos, a[1] + ui * cos
+    return (a[0] + ur, a[1] + ui), (pr + vi, pi - vr), (pr - vi, pi + vr)
+
+
+@inlined
+def _four(a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Transform of length 4 of complex numbers."""
+    pr, pi, qr, qi = a[0] + c[0], a[1] + c[1], a[0] - c[0], a[1] - c[1]
+    ur, ui, vr, vi = b[0] + d[0], b[1] + d[1], b[0] - d[0], b[1] - d[1]
+    return (pr + ur, pi + ui), (qr + vi, qi - vr), (pr - ur, pi - ui), (qr - vi, qi + vr)
+
+
 @jit
-def _radix2(z: Any, begin: int, end: int, s: int, turns: Any, at: int) -> None:
-    for group in range(begin, end, 2 * s):
+def _radix2(z: Any, s: int, turns: Any, at: int) -> None:
+    for group in range(0, z.size // PLACE, 2 * s):
         for j in range(s):
-            t = at + 2 * j
             a = (group + j) * PLACE
             b = a + s * PLACE
-            ar, ai = load(z, a), load(z, a + LANES)
-            br, bi = _turned(z, b, turns, t)
-            store(z, a, ar + br)
-            store(z, a + LANES, ai + bi)
-            store(z, b, ar - br)
-            store(z, b + LANES, ai - bi)
+            ar, ai = _loaded(z, a)
+            br, bi = _turned(z, b, turns, at + 2 * j)
+            _stored(z, a, ar + br, ai + bi)
+            _stored(z, b, ar - br, ai - bi)
 
 
 @jit
-def radix4(z: Any, begin: int, end: int, s: int, turns: Any, at: int, first: int, last: int) -> None:
-    """Of each group those ``first`` to ``last`` of s."""
-    for group in range(begin, end, 4 * s):
-        for j in range(first, last):
-            t = at + 6 * j
-            a = (group + j) * PLACE
-            b, c, d = a + s * PLACE, a + 2 * s * PLACE, a + 3 * s * PLACE
-            ar, ai = load(z, a), load(z, a + LANES)
-            br, bi = _turned(z, b, turns, t)
-            cr, ci = _turned(z, c, turns, t + 2)
-            dr, di = _turned(z, d, turns, t + 4)
-            pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
-            ur, ui, vr, vi = br + dr, bi + di, br - dr, bi - di
-            store(z, a, pr + ur)
-            store(z, a + LANES, pi + ui)
-            store(z, b, qr + vi)
-            store(z, b + LANES, qi - vr)
-            store(z, c, pr - ur)
-            store(z, c + LANES, pi - ui)
-            store(z, d, qr - vi)
-            store(z, d + LANES, qi + vr)
-
-
-@jit
-def _radix8(z: Any, begin: int, end: int, s: int, turns: Any, at: int, root: int) -> None:
-    """Two of radix 4, of the even and of the odd inputs, and a stage of radix 2; ``root``: where √½ is."""
-    half, step = every(turns, root), s * PLACE
-    for group in range(begin, end, 8 * s):
-        for j in range(s):
-            t = at + 14 * j
-            a = (group + j) * PLACE
-            br, bi = _turned(z, a + 2 * step, turns, t + 2)
-            cr, ci = _turned(z, a + 4 * step, turns, t + 6)
-            dr, di = _turned(z, a + 6 * step, turns, t + 10)
-            ar, ai = load(z, a), load(z, a + LANES)
-            pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
-            ur, ui, vr, vi = br + dr, bi + di, br - dr, bi - di
-            e0r, e0i, e2r, e2i = pr + ur, pi + ui, pr - ur, pi - ui
-            e1r, e1i, e3r, e3i = qr + vi, qi - vr, qr - vi, qi + vr
-            ar, ai = _turned(z, a + step, turns, t)
-            br, bi = _turned(z, a + 3 * step, turns, t + 4)
-            cr, ci = _turned(z, a + 5 * step, turns, t + 8)
-            dr, di = _turned(z, a + 7 * step, turns, t + 12)
-            pr, pi, qr, qi = ar + cr, ai + ci, ar - cr, ai - ci
-            ur, ui, vr, vi = br + dr, bi + di, br - dr, bi - di
-            o0r, o0i, o2r, o2i = pr + ur, pi + ui, pi - ui, ur - pr  # the third turned by −i
-            xr, xi, yr, yi = qr + vi, qi - vr, qr - vi, qi + vr
-            o1r, o1i, o3r, o3i = (xr + xi) * half, (xi - xr) * half, (yi - yr) * half, (yr + yi) * half
-            store(z, a, e0r + o0r)
-            store(z, a + LANES, e0i + o0i)
-            store(z, a + step, e1r + o1r)
-            store(z, a + step + LANES, e1i + o1i)
-            store(z, a + 2 * step, e2r + o2r)
-            store(z, a + 2 * step + LANES, e2i + o2i)
-            store(z, a + 3 * step, e3r + o3r)
-            store(z, a + 3 * step + LANES, e3i - o3i)
-            store(z, a + 4 * step, e0r - o0r)
-            store(z, a + 4 * step + LANES, e0i - o0i)
-            store(z, a + 5 * step, e1r - o1r)
-            store(z, a + 5 * step + LANES, e1i - o1i)
-            store(z, a + 6 * step, e2r - o2r)
-            store(z, a + 6 * step + LANES, e2i - o2i)
-            store(z, a + 7 * step, e3r - o3r)
-            store(z, a + 7 * step + LANES, e3i + o3i)
-
-
-@jit
-def _radix3(z: Any, begin: int, end: int, s: int, turns: Any, at: int, roots: int) -> None:
-    cos, sin = every(turns, roots + 2), every(turns, roots + 3)
-    for group in range(begin, end, 3 * s):
+def _radix3(z: Any, s: int, turns: Any, at: int, roots: int) -> None:
+    cos, sin, step = every(turns, roots + 2), every(turns, roots + 3), s * PLACE
+    for group in range(0, z.size // PLACE, 3 * s):
         for j in range(s):
             t = at + 4 * j
             a = (group + j) * PLACE
-            b, c = a + s * PLACE, a + 2 * s * PLACE
-            ar, ai = load(z, a), load(z, a + LANES)
-            br, bi = _turned(z, b, turns, t)
-            cr, ci = _turned(z, c, turns, t + 2)
-            ur, ui, vr, vi = br + cr, bi + ci, (br - cr) * sin, (bi - ci) * sin
-            pr, pi = ar + ur * cos, ai + ui * cos
-            store(z, a, ar + ur)
-            store(z, a + LANES, ai + ui)
-            store(z, b, pr + vi)
-            store(z, b + LANES, pi - vr)
-            store(z, c, pr - vi)
-            store(z, c + LANES, pi + vr)
+            b, c = _turned(z, a + step, turns, t), _turned(z, a + 2 * step, turns, t + 2)
+            o, p, q = _three(_loaded(z, a), b, c, cos, sin)
+            _stored(z, a, o[0], o[1])
+            _stored(z, a + step, p[0], p[1])
+            _stored(z, a + 2 * step, q[0], q[1])
 
 
 @jit
-def _radix_odd(z: Any, begin: int, end: int, p: int, s: int, turns: Any, at: int, roots: int, own: Any) -> None:
+def _radix4(z: Any, s: int, turns: Any, at: int) -> None:
+    step = s * PLACE
+    for group in range(0, z.size // PLACE, 4 * s):
+        for j in range(s):
+            t = at + 6 * j
+            a = (group + j) * PLACE
+            b, c = _turned(z, a + step, turns, t), _turned(z, a + 2 * step, turns, t + 2)
+            o, p, q, r = _four(_loaded(z, a), b, c, _turned(z, a + 3 * step, turns, t + 4))
+            _stored(z, a, o[0], o[1])
+            _stored(z, a + step, p[0], p[1])
+            _stored(z, a + 2 * step, q[0], q[1])
+            _stored(z, a + 3 * step, r[0], r[1])
+
+
+@jit
+def _radix8(z: Any, s: int, turns: Any, at: int, root: int) -> None:
+    """Two of radix 4, of the even and of the odd inputs, and a stage of radix 2; ``root``: where √½ is."""
+    half, step = every(turns, root), s * PLACE
+    for group in range(0, z.size // PLACE, 8 * s):
+        for j in range(s):
+            t = at + 14 * j
+            a = (group + j) * PLACE
+            b, c = _turned(z, a + 2 * step, turns, t + 2), _turned(z, a + 4 * step, turns, t + 6)
+            e0, e1, e2, e3 = _four(_loaded(z, a), b, c, _turned(z, a + 6 * step, turns, t + 10))
+            b, c = _turned(z, a + 3 * step, turns, t + 4), _turned(z, a + 5 * step, turns, t + 8)
+            o0, o1, o2, o3 = _four(_turned(z, a + step, turns, t), b, c, _turned(z, a + 7 * step, turns, t + 12))
+            # the second turned by an eighth, the third by −i, the fourth by three eighths
+            xr, xi = (o1[0] + o1[1]) * half, (o1[1] - o1[0]) * half
+            yr, yi = (o3[1] - o3[0]) * half, (o3[1] + o3[0]) * half
+            _stored(z, a, e0[0] + o0[0], e0[1] + o0[1])
+            _stored(z, a + step, e1[0] + xr, e1[1] + xi)
+            _stored(z, a + 2 * step, e2[0] + o2[1], e2[1] - o2[0])
+            _stored(z, a + 3 * step, e3[0] + yr, e3[1] - yi)
+            _stored(z, a + 4 * step, e0[0] - o0[0], e0[1] - o0[1])
+            _stored(z, a + 5 * step, e1[0] - xr, e1[1] - xi)
+            _stored(z, a + 6 * step, e2[0] - o2[1], e2[1] + o2[0])
+            _stored(z, a + 7 * step, e3[0] - yr, e3[1] + yi)
+
+
+@jit
+def _first12(z: Any, turns: Any, roots: int) -> None:
+    """Twelve places side by side, as 3·4: 3 and 4 have no common factor, so nothing is turned (Good 1958)."""
+    cos, sin = every(turns, roots + 8), every(turns, roots + 9)
+    for group in range(0, z.size // PLACE, 12):
+        a = group * PLACE
+        p0, p1, p2 = _three(_loaded(z, a), _loaded(z, a + 4 * PLACE), _loaded(z, a + 8 * PLACE), cos, sin)
+        q0, q1, q2 = _three(_loaded(z, a + 3 * PLACE), _loaded(z, a + 7 * PLACE), _loaded(z, a + 11 * PLACE), cos, sin)
+        r0, r1, r2 = _three(_loaded(z, a + 6 * PLACE), _loaded(z, a + 10 * PLACE), _loaded(z, a + 2 * PLACE), cos, sin)
+        s0, s1, s2 = _three(_loaded(z, a + 9 * PLACE), _loaded(z, a + PLACE), _loaded(z, a + 5 * PLACE), cos, sin)
+        b, c, d, e = _four(p0, q0, r0, s0)
+        _stored(z, a, b[0], b[1])
+        _stored(z, a + 9 * PLACE, c[0], c[1])
+        _stored(z, a + 6 * PLACE, d[0], d[1])
+        _stored(z, a + 3 * PLACE, e[0], e[1])
+        b, c, d, e = _four(p1, q1, r1, s1)
+        _stored(z, a + 4 * PLACE, b[0], b[1])
+        _stored(z, a + PLACE, c[0], c[1])
+        _stored(z, a + 10 * PLACE, d[0], d[1])
+        _stored(z, a + 7 * PLACE, e[0], e[1])
+        b, c, d, e = _four(p2, q2, r2, s2)
+        _stored(z, a + 8 * PLACE, b[0], b[1])
+        _stored(z, a + 5 * PLACE, c[0], c[1])
+        _stored(z, a + 2 * PLACE, d[0], d[1])
+        _stored(z, a + 11 * PLACE, e[0], e[1])
+
+
+@jit
+def _radix_odd(z: Any, p: int, s: int, turns: Any, at: int, roots: int, own: Any) -> None:
     """Any odd p, by pairs k and p−k: sums go with cosines, differences with sines. ``own``: p places of scratch."""
     half = p // 2
-    for group in range(begin, end, p * s):
+    for group in range(0, z.size // PLACE, p * s):
         for j in range(s):
             t = at + 2 * (p - 1) * j
             a = (group + j) * PLACE
@@ -164,17 +181,19 @@ def _radix_odd(z: Any, begin: int, end: int, p: int, s: int, turns: Any, at: int
 
 
 @jit
-def run_stages(z: Any, begin: int, end: int, stages: Any, first: int, last: int, turns: Any, own: Any) -> None:
-    """Stages ``first`` to ``last`` of the transforms in places ``begin`` to ``end``; of each: radix, s, and places."""
-    for i in range(first, last):
+def run_stages(z: Any, stages: Any, turns: Any, own: Any) -> None:
+    """``stages`` of the transforms in all places of ``z``; of each: radix, s, and places (`Plan`)."""
+    for i in range(stages.shape[0]):
         radix, s, at, roots = stages[i, 0], stages[i, 1], stages[i, 2], stages[i, 3]
         if radix == 4:
-            radix4(z, begin, end, s, turns, at, 0, s)
+            _radix4(z, s, turns, at)
         elif radix == 8:
-            _radix8(z, begin, end, s, turns, at, roots)
+            _radix8(z, s, turns, at, roots)
         elif radix == 2:
-            _radix2(z, begin, end, s, turns, at)
+            _radix2(z, s, turns, at)
+        elif radix == 12:
+            _first12(z, turns, roots)
         elif radix == 3:
-            _radix3(z, begin, end, s, turns, at, roots)
+            _radix3(z, s, turns, at, roots)
         else:
-            _radix_odd(z, begin, end, radix, s, turns, at, roots, own)
+            _radix_odd(z, radix, s, turns, at, roots, own)

@@ -28,12 +28,20 @@ NATIVE, HALF, BFLOAT = 0, 1, 2  # what the numbers of an array are: its dtype's,
 _INDEX = ir.IntType(64)
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def inlined(function: Callable[..., Any]) -> Any:
+    """As `jit`, for inner loops: it becomes part of its caller.
+
+    Otherwise each call counts a reference for every array that it hands over, which takes longer than the work.
+    """
+    return jit(function, forceinline=True)
+
+
+def jit(function: Callable[..., Any], **also: bool) -> Any:
     """Compiled by numba at first use, to run without the interpreter's lock.
 
     The machine code is kept beside the function's file or in the user's cache, where one of them can be written.
     """
-    options = {"nogil": True, "error_model": "numpy"}
+    options = {"nogil": True, "error_model": "numpy", **also}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no place to keep it
@@ -110,14 +118,14 @@ def every(_: Any, array: Any, index: Any) -> Any:
 
 @intrinsic
 def expect(_: Any, array: Any, index: Any) -> Any:
-    """Ask for the line of the cache with ``array[index]``, to be read and written soon."""
+    """Ask for the line of the cache with ``array[index]``, to be read when the first cache has been overwritten."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = context.make_array(signature.args[0])(context, builder, value=args[0]).data
         address, number = builder.bitcast(builder.gep(data, [args[1]]), ir.IntType(8).as_pointer()), ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [address.type, number, number, number])
         prefetch = builder.module.declare_intrinsic("llvm.prefetch", fnty=kind)
-        builder.call(prefetch, [address, number(1), number(3), number(1)])  # to write, into the first cache, data
+        builder.call(prefetch, [address, number(0), number(2), number(1)])  # to read, into the second cache, data
         return context.get_dummy_value()
 
     return types.void(array, types.intp), generate
@@ -240,6 +248,22 @@ for _symbol, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (o
     _overload(_symbol, _instruction)
 
 
+def _put_turned(context: Any, builder: Any, kind: Any, tile: Any, column: Any, lines: list[Any]) -> None:
+    """``tile[r, column + c] = lines[c][r]``."""
+    bit = LANES // 2
+    while bit:  # blocks of 8, 4, 2 and 1 change sides: four rounds for any 16×16
+        low = [lane if not lane & bit else LANES + (lane ^ bit) for lane in range(LANES)]
+        high = [lane | bit if not lane & bit else LANES + lane for lane in range(LANES)]
+        for i in (i for i in range(LANES) if not i & bit):
+            pair = lines[i], lines[i | bit]
+            for j, mask in ((i, low), (i | bit, high)):
+                lines[j] = builder.shuffle_vector(*pair, ir.Constant(_vector(ir.IntType(32)), mask))
+        bit //= 2
+    for row, line in enumerate(lines):
+        at = builder.add(column, ir.Constant(_INDEX, row * TILE))
+        builder.store(line, _address(context, builder, kind, tile, at, line.type), align=2)
+
+
 @intrinsic
 def turn(_: Any, z: Any, part: Any, order: Any, first: Any, tile: Any, column: Any) -> Any:
     """``tile[r, column + c] = z[order[first + c] + part + r]`` for r, c < LANES; ``tile`` has `TILE` columns."""
@@ -252,21 +276,45 @@ def turn(_: Any, z: Any, part: Any, order: Any, first: Any, tile: Any, column: A
             place = builder.load(builder.gep(places, [builder.add(args[3], ir.Constant(_INDEX, lane))]))
             at = builder.add(place, args[1])
             lines.append(builder.load(_address(context, builder, signature.args[0], args[0], at, kind), align=2))
-        bit = LANES // 2
-        while bit:  # blocks of 8, 4, 2 and 1 change sides: four rounds for any 16×16
-            low = [lane if not lane & bit else LANES + (lane ^ bit) for lane in range(LANES)]
-            high = [lane | bit if not lane & bit else LANES + lane for lane in range(LANES)]
-            for i in (i for i in range(LANES) if not i & bit):
-                pair = lines[i], lines[i | bit]
-                for j, mask in ((i, low), (i | bit, high)):
-                    lines[j] = builder.shuffle_vector(*pair, ir.Constant(_vector(ir.IntType(32)), mask))
-            bit //= 2
-        for row, line in enumerate(lines):
-            at = builder.add(args[5], ir.Constant(_INDEX, row * TILE))
-            builder.store(line, _address(context, builder, signature.args[4], args[4], at, kind), align=2)
+        _put_turned(context, builder, signature.args[4], args[4], args[5], lines)
         return context.get_dummy_value()
 
     return types.void(z, types.intp, order, types.intp, tile, types.intp), generate
+
+
+def _mirrored_turn(instruction: str, left: tuple[bool, int], right: tuple[bool, int]) -> Any:
+    """Intrinsic: `turn` of sums or differences of places j and n−j, the mirror of which 0 is its own.
+
+    ``left``, ``right``: whether it is the mirror, and from which of a place's numbers on.
+    """
+
+    @intrinsic
+    def turn_two(_: Any, z: Any, n: Any, first: Any, tile: Any, column: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kind = context.get_value_type(Vector(z.dtype))
+
+            def found(place: Any, part: int) -> Any:
+                at = builder.add(builder.mul(place, ir.Constant(_INDEX, 2 * LANES)), ir.Constant(_INDEX, part))
+                return builder.load(_address(context, builder, signature.args[0], args[0], at, kind), align=2)
+
+            lines = []
+            for lane in range(LANES):
+                place = builder.add(args[2], ir.Constant(_INDEX, lane))
+                mirror = builder.sub(args[1], place)
+                if lane == 0:
+                    mirror = builder.select(builder.icmp_signed("==", place, ir.Constant(_INDEX, 0)), place, mirror)
+                sides = [found(mirror if mirrored else place, part) for mirrored, part in (left, right)]
+                lines.append(getattr(builder, instruction)(*sides))
+            _put_turned(context, builder, signature.args[3], args[3], args[4], lines)
+            return context.get_dummy_value()
+
+        return types.void(z, types.intp, types.intp, tile, types.intp), generate
+
+    return turn_two
+
+
+turn_sums = _mirrored_turn("fadd", (False, 0), (True, LANES))  # Re Z_j + Im Z_{n−j}
+turn_differences = _mirrored_turn("fsub", (True, 0), (False, LANES))  # Re Z_{n−j} − Im Z_j
 
 
 def read(array: Any, index: int, kind: int) -> Any:

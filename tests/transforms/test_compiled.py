@@ -40,7 +40,7 @@ def test_every_length_is_the_matrix_of_the_axis(name):
         rng = np.random.default_rng(n)
         stage = np.zeros((n, 16 + compiled.ROWS))
         stage[:, :16] = rng.normal(size=(n, 16))
-        got = written(kept(np.arange(n), stage), plan, (16, n), 0)
+        got = written(kept(np.arange(n), stage / 2), plan, (16, n), 0)
         np.testing.assert_allclose(got, stage[:, :16].T @ axis.matrix(n), atol=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_the_shares_of_two_rows_do_not_meet():
     stage = np.zeros((n, 32 + compiled.ROWS), np.float32)
     stage[:, :16] = np.random.default_rng(0).normal(size=(n, 16))
     stage[:, 3] *= 1e20
-    got = written(kept(np.arange(n), stage), plan_of(axis, n, SINGLE), (32, n), 0, dtype=SINGLE)
+    got = written(kept(np.arange(n), stage / 2), plan_of(axis, n, SINGLE), (32, n), 0, dtype=SINGLE)
     others = [i for i in range(32) if i not in (3, 28)]  # 15 − 3 after the middle is its partner
     want = stage[:, :32].T.astype(np.float64) @ axis.matrix(n)
     np.testing.assert_allclose(got[others], want[others], atol=1e-5)

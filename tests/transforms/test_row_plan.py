@@ -19,7 +19,8 @@ def test_radices_make_the_length_or_there_is_a_large_prime(n):
         assert max(p for p in range(65, n + 1) if n % p == 0 and all(p % d for d in range(2, int(p**0.5) + 1))) > 64
     else:
         assert int(np.prod(found)) == n
-        assert all(r in (2, 4, 8) or r % 2 for r in found)
+        assert all(r in (2, 4, 8) or r % 2 for r in found[1:])
+        assert all(r in (2, 4, 8, 12) or r % 2 for r in found[:1])
         assert max(found, default=1) <= 64
 
 
@@ -32,12 +33,14 @@ def test_the_first_stages_are_of_parts_that_fit_the_first_cache():
         np.testing.assert_array_equal(places, np.arange(n))
 
 
-def test_the_last_stage_is_written_as_it_comes_only_where_that_is_in_order():
-    blended = {
-        n: plan_of(HARTLEY, n, np.dtype(np.float32)).blended for n in (256, 768, 1024, 1536, 4096, 11008, 96, 75)
-    }
-    assert blended == {256: False, 768: True, 1024: True, 1536: True, 4096: True, 11008: True, 96: False, 75: False}
-    assert not plan_of(get_transform("cosine").axis, 768, np.dtype(np.float32)).blended
+def test_rows_are_parted_last_where_all_weights_are_alike_and_vectors_whole():
+    mirrored = {n: plan_of(HARTLEY, n, np.dtype(np.float32)).mirrored for n in (16, 768, 4096, 11008, 12, 75)}
+    assert mirrored == {16: True, 768: True, 4096: True, 11008: True, 12: False, 75: False}
+    assert not plan_of(get_transform("cosine").axis, 768, np.dtype(np.float32)).mirrored
+
+
+def test_three_and_four_are_one_stage_where_they_are_the_first():
+    assert [radices(n) for n in (12, 768, 576, 60)] == [[12], [12, 8, 8], [3, 3, 8, 8], [3, 5, 4]]
 
 
 def test_coefficients_stand_by_column():
