@@ -1,18 +1,16 @@
-"""Shards written from shards: unchanged bytes copied by the kernel, changed tensors written in their place.
+"""Shards written from shards: unchanged bytes are copied, changed tensors written in their place.
 
-A merge changes a few tensors of a file of gigabytes. Where the header stays the same the whole shard is cloned
-(FICLONE: no bytes move at all on btrfs, XFS, bcachefs) and the changed tensors are written over the clone. Where a
-file system cannot clone, or names are added, dropped, renamed or retyped, the file is written from its beginning to
-its end: a header, runs of unchanged bytes that the kernel copies, and between them what is computed. That is asked
-for tensor by tensor, in parts, when its turn comes: memory does not grow with the model.
+A merge changes a few tensors of a file of gigabytes. Where the header stays the same the whole shard is cloned if the
+file system can, and the changed tensors are written over the clone. Where it cannot, or names are added, dropped,
+renamed or retyped, the file is written from its beginning to its end: a header, runs of unchanged bytes
+(`checkpoints.copying`), and between them what is computed. That is asked for tensor by tensor, in parts, when its turn
+comes: memory does not grow with the model.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssh_deploy.checkpoints.copying import Advance, Copier
 from ssh_deploy.checkpoints.safefile import DTYPES, SafeFile
-
-_FICLONE = 0x40049409  # linux/fs.h: _IOW(0x94, 9, int)
-_CANNOT = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ENOTTY, errno.EBADF}
-_CHUNK = 64 << 20  # bytes between two reports of progress
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +45,6 @@ class Made:
 
 
 Entry = Stored | Made
-#: Called with the number of bytes just written.
-Advance = Callable[[int], None]
 
 
 def entry_bytes(entry: Entry) -> int:
@@ -75,11 +68,11 @@ def write_shard(path: Path, source: SafeFile, entries: Mapping[str, Entry], *, a
     asked = {name: _type(entry) for name, entry in entries.items()}
     there = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in source.table.items()}
     own = all(isinstance(e, Made) or (e.shard is source and e.name == name) for name, e in entries.items())
-    with path.open("xb") as file:
+    with path.open("xb") as file, Copier(path, file.fileno()) as copier:
         target = file.fileno()
         if asked == there and own:
             offsets = {name: source.start + e["data_offsets"][0] for name, e in source.table.items()}
-            cloned = _clone(source.path, target)
+            cloned = copier.clone(source.path)
             if cloned:
                 advance(sum(entry_bytes(e) for e in entries.values() if isinstance(e, Stored)))
             else:
@@ -98,62 +91,7 @@ def write_shard(path: Path, source: SafeFile, entries: Mapping[str, Entry], *, a
                 _write_parts(target, offset, piece, advance)
                 continue
             shard, begin, length = piece
-            with shard.path.open("rb") as base:
-                _copy_range(base.fileno(), target, begin, offset, length, advance=advance)
-
-
-def copy_file(source: Path, target: int, *, advance: Advance) -> None:
-    """Clone or copy the whole of ``source`` into the open file ``target``.
-
-    Raises:
-        OSError: of the system.
-    """
-    size = source.stat().st_size
-    if _clone(source, target):
-        advance(size)
-        return
-    with source.open("rb") as base:
-        _copy_range(base.fileno(), target, 0, 0, size, advance=advance)
-
-
-def _clone(source: Path, target: int) -> bool:
-    """Whether the file system made ``target`` share the blocks of ``source``."""
-    try:
-        import fcntl
-
-        with source.open("rb") as base:
-            fcntl.ioctl(target, _FICLONE, base.fileno())
-    except (ImportError, OSError):  # no such file system, or two of them
-        return False
-    return True
-
-
-def _copy_range(source: int, target: int, begin: int, to: int, length: int, *, advance: Advance) -> None:
-    done = 0
-    while done < length:
-        count = min(_CHUNK, length - done)
-        try:
-            moved = os.copy_file_range(source, target, count, begin + done, to + done)
-        except (AttributeError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _CANNOT:
-                raise
-            break
-        if moved == 0:
-            raise OSError(errno.EIO, "the base became shorter while it was read")
-        done += moved
-        advance(moved)
-    else:
-        return
-    os.lseek(source, begin + done, os.SEEK_SET)
-    os.lseek(target, to + done, os.SEEK_SET)
-    with os.fdopen(os.dup(source), "rb") as reader, os.fdopen(os.dup(target), "wb") as writer:
-        while done < length:
-            piece = reader.read(min(1 << 20, length - done))
-            if not piece:
-                raise OSError(errno.EIO, "the base became shorter while it was read")
-            writer.write(piece)
-            done += len(piece)
-            advance(len(piece))
+            copier.copy(shard.path, begin, offset, length, advance=advance)
 
 
 def _layout(
@@ -209,15 +147,3 @@ def _type(entry: Entry) -> tuple[str, tuple[int, ...]]:
         return entry.dtype, entry.shape
     stored = entry.shard.table[entry.name]
     return str(stored["dtype"]), tuple(stored["shape"])
-
-
-def copy_into(source: Path, path: Path, *, advance: Advance) -> None:
-    """Copy a file of the base to the new ``path``, its folder made where needed.
-
-    Raises:
-        OSError: of the system.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as file:
-        copy_file(source, file.fileno(), advance=advance)
-    shutil.copymode(source, path)

@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from ssh_deploy.checkpoints.copying import copy_into
 from ssh_deploy.checkpoints.index import INDEX, contained
 from ssh_deploy.checkpoints.resumable import JOURNAL, Partial, resumable_folder
 from ssh_deploy.checkpoints.whole import refuse_existing
-from ssh_deploy.checkpoints.writer import copy_into, entry_bytes, write_shard
+from ssh_deploy.checkpoints.writer import entry_bytes, write_shard
 from ssh_deploy.jobs.merge_entries import Given, index_of
 from ssh_deploy.jobs.merge_plan import MergeOptions, MergePlan, plan_merge
 from ssh_deploy.jobs.merge_report import UNVERIFIED, VERIFIED, MergedAdapter, MergeReport, SiteReport

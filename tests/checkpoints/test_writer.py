@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ssh_deploy.checkpoints import copying
 from ssh_deploy.checkpoints.safefile import open_safefile
-from ssh_deploy.checkpoints.writer import Made, Stored, copy_into, entry_bytes, write_shard
+from ssh_deploy.checkpoints.writer import Made, Stored, entry_bytes, write_shard
 from ssh_deploy.errors import CheckpointError
 
 
@@ -41,6 +42,24 @@ def test_a_changed_tensor_is_written_over_the_copy(source, tmp_path):
         np.testing.assert_array_equal(file.tensors[name], source.tensors[name])
 
 
+def test_changed_tensors_between_runs_that_go_around_the_page_cache(tmp_path, monkeypatch):
+    """Pages that a run shares with its neighbours are written the same way as those."""
+    monkeypatch.setattr(copying, "_LONG", 3 * copying._BLOCK)
+    rng = np.random.default_rng(0)
+    sizes = (40_001, 3, 50_000, 9, 12_345, 60_007)
+    before = {f"t{i}": rng.normal(size=size).astype(np.float16) for i, size in enumerate(sizes)}
+    save_file(before, tmp_path / "source.safetensors")
+    source = open_safefile(tmp_path / "source.safetensors", error=CheckpointError)
+    after = before | {name: rng.normal(size=before[name].size).astype(np.float16) for name in ("t1", "t3", "t4")}
+    entries = {name: Stored(source, name) for name in before}
+    for name in ("t1", "t3", "t4"):
+        entries[name] = Made("F16", after[name].shape, lambda name=name: [after[name][:2], after[name][2:]])
+    file, written = write(tmp_path / "x", source, entries)
+    assert written == sum(2 * size for size in sizes)
+    for name, tensor in after.items():
+        np.testing.assert_array_equal(file.tensors[name], tensor)
+
+
 def test_added_dropped_renamed_and_retyped(source, tmp_path):
     """Wide types first: the float32 behind an odd bf16 tensor would be off its alignment otherwise."""
     entries = {
@@ -71,10 +90,3 @@ def test_an_existing_file_is_not_written(source, tmp_path):
     with pytest.raises(FileExistsError):
         write(tmp_path / "x", source, {"a": Stored(source, "a")})
     assert (tmp_path / "x").read_text() == "precious"
-
-
-def test_copying_makes_folders_and_keeps_the_mode(tmp_path):
-    (tmp_path / "script.sh").write_text("x")
-    (tmp_path / "script.sh").chmod(0o750)
-    copy_into(tmp_path / "script.sh", tmp_path / "new" / "sub" / "script.sh", advance=lambda _: None)
-    assert (tmp_path / "new" / "sub" / "script.sh").stat().st_mode & 0o777 == 0o750
