@@ -195,8 +195,9 @@ def _cpu_variants(
     ours: SpectralDelta, fourier: SpectralDelta, dtype: str, peft: Callable[[str], Tensor], threads: int
 ) -> dict[str, Variant]:
     torch = _torch()
-    weight = np.random.default_rng(0).standard_normal(ours.shape, dtype=np.float32).astype(_DTYPES[dtype])
-    copy = weight.copy()
+    numbers = np.random.default_rng(0).standard_normal(ours.shape, dtype=np.float32).astype(_DTYPES[dtype])
+    # as weights of a model lie: torch begins them where a line of the cache begins, numpy does not
+    weight, copy = (torch.from_numpy(numbers.view(np.uint8)).clone().numpy().view(numbers.dtype) for _ in range(2))
 
     def adding(delta: SpectralDelta) -> Variant:
         return lambda _: add_synthesis(weight, delta.axis, delta.separable(), gain=delta.gain, threads=threads)

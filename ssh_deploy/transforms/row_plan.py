@@ -80,7 +80,7 @@ def _turns(axis: Axis, m: int, dtype: np.dtype[Any]) -> tuple[NDArray[Any], NDAr
     period = axis.period(m)
     roots = np.exp((-1j * np.pi / period) * np.arange(2 * period))
     around = np.outer(np.arange(m), 2 * np.arange(LANES) + 1) % (2 * period)
-    table = np.empty((m, 2, LANES), dtype)
+    table = aligned(m * PLACE, dtype).reshape(m, 2, LANES)
     table[:, 0], table[:, 1] = roots.real.astype(dtype)[around], -roots.imag.astype(dtype)[around]
     return axis.weights(m), roots, table.reshape(-1)
 
