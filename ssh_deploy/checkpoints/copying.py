@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,27 @@ _CHUNK = 64 << 20  # bytes between two reports of progress
 _PIECE = 8 << 20  # bytes of the memory that is written from
 _LONG = 4 << 20  # bytes of a range that is worth it
 _BLOCK = max(4096, mmap.PAGESIZE)  # a page is written the one way or the other, never both
+
+
+def clone(source: Path, target: int) -> bool:
+    """Whether the file system made the open file ``target`` share the blocks of ``source``."""
+    try:
+        import fcntl
+
+        with source.open("rb") as base:
+            fcntl.ioctl(target, _FICLONE, base.fileno())
+    except (ImportError, OSError):  # no such file system, or two of them
+        return False
+    return True
+
+
+def clones_into(source: Path, folder: Path) -> bool:
+    """Whether a copy of ``source`` in ``folder``, which exists, would take no space of its own."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return clone(source, file.fileno())
+    except OSError:
+        return False
 
 
 class Copier:
@@ -49,17 +71,6 @@ class Copier:
         if self._direct is not None:
             os.close(self._direct)
         self._memory = None  # not closed: an error on its way out still holds a part of it
-
-    def clone(self, source: Path) -> bool:
-        """Whether the file system made the new file share the blocks of ``source``."""
-        try:
-            import fcntl
-
-            with source.open("rb") as base:
-                fcntl.ioctl(self._target, _FICLONE, base.fileno())
-        except (ImportError, OSError):  # no such file system, or two of them
-            return False
-        return True
 
     def copy(self, source: Path, begin: int, to: int, length: int, *, advance: Advance) -> None:
         """``length`` bytes of ``source`` from ``begin`` on, to the place ``to`` of the new file.
@@ -145,7 +156,7 @@ def copy_into(source: Path, path: Path, *, advance: Advance) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     size = source.stat().st_size
     with path.open("xb") as file, Copier(path, file.fileno()) as copier:
-        if copier.clone(source):
+        if clone(source, file.fileno()):
             advance(size)
         else:
             copier.copy(source, 0, 0, size, advance=advance)

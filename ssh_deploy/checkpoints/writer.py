@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssh_deploy.checkpoints.copying import Advance, Copier
+from ssh_deploy.checkpoints.copying import Advance, Copier, clone
 from ssh_deploy.checkpoints.safefile import DTYPES, SafeFile
 
 
@@ -65,21 +65,18 @@ def write_shard(path: Path, source: SafeFile, entries: Mapping[str, Entry], *, a
     Raises:
         OSError: of the system.
     """
-    asked = {name: _type(entry) for name, entry in entries.items()}
-    there = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in source.table.items()}
-    own = all(isinstance(e, Made) or (e.shard is source and e.name == name) for name, e in entries.items())
     with path.open("xb") as file, Copier(path, file.fileno()) as copier:
         target = file.fileno()
-        if asked == there and own:
+        if keeps_layout(source, entries):
             offsets = {name: source.start + e["data_offsets"][0] for name, e in source.table.items()}
-            cloned = copier.clone(source.path)
+            cloned = clone(source.path, target)
             if cloned:
                 advance(sum(entry_bytes(e) for e in entries.values() if isinstance(e, Stored)))
             else:
                 file.write(source.content[: source.start])
         else:
             cloned = False
-            header, offsets = _layout(source, asked, entries)
+            header, offsets = _layout(source, entries)
             file.write(header)
         file.flush()
         pieces: list[tuple[int, Made | tuple[SafeFile, int, int]]] = []
@@ -94,10 +91,17 @@ def write_shard(path: Path, source: SafeFile, entries: Mapping[str, Entry], *, a
             copier.copy(shard.path, begin, offset, length, advance=advance)
 
 
-def _layout(
-    source: SafeFile, asked: Mapping[str, tuple[str, tuple[int, ...]]], entries: Mapping[str, Entry]
-) -> tuple[bytes, dict[str, int]]:
+def keeps_layout(source: SafeFile, entries: Mapping[str, Entry]) -> bool:
+    """Whether ``entries`` have the header of ``source``, and nothing but changed tensors is not its own."""
+    asked = {name: _type(entry) for name, entry in entries.items()}
+    there = {name: (str(e["dtype"]), tuple(e["shape"])) for name, e in source.table.items()}
+    own = all(isinstance(e, Made) or (e.shard is source and e.name == name) for name, e in entries.items())
+    return asked == there and own
+
+
+def _layout(source: SafeFile, entries: Mapping[str, Entry]) -> tuple[bytes, dict[str, int]]:
     """Header of a new shard and each tensor's offset in the file: wide types first, so that all are aligned."""
+    asked = {name: _type(entry) for name, entry in entries.items()}
     order = sorted(asked, key=lambda name: -np.dtype(DTYPES[asked[name][0]]).itemsize)
     table: dict[str, Any] = {"__metadata__": dict(source.metadata)} if source.metadata else {}
     begins: dict[str, int] = {}

@@ -14,10 +14,11 @@ import numpy as np
 
 from ssh_deploy import __version__
 from ssh_deploy.adapters.fitting import Fitted, fit
+from ssh_deploy.checkpoints.copying import clones_into
 from ssh_deploy.checkpoints.index import OTHER_WEIGHTS, Checkpoint, contained, open_checkpoint
 from ssh_deploy.checkpoints.resumable import finished_bytes, partial_path
 from ssh_deploy.checkpoints.task_head import TaskHead
-from ssh_deploy.checkpoints.writer import Entry, Made, entry_bytes
+from ssh_deploy.checkpoints.writer import Entry, Made, entry_bytes, keeps_layout
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.errors import AdapterMismatchError, CheckpointError, DependencyError, UnknownNameError, near_misses
 from ssh_deploy.jobs import merging_integers
@@ -83,6 +84,21 @@ class MergePlan:
         tensors = sum(entry_bytes(e) for entries in self.shards.values() for e in entries.values())
         return tensors + sum(contained(self.checkpoint.folder, f).stat().st_size for f in self.files)
 
+    def space(self, out: Path) -> int:
+        """Bytes that the result takes of the disk of ``out``: less than `need` where it can share those of the base."""
+        folder = _folder(out)
+        shards = self.checkpoint.shards
+        if self.need <= shutil.disk_usage(folder).free or not all(
+            clones_into(shard.path, folder) for shard in shards.values()
+        ):
+            return self.need
+        return sum(
+            entry_bytes(entry)
+            for name, entries in self.shards.items()
+            for entry in entries.values()
+            if isinstance(entry, Made) or not keeps_layout(shards[name], entries)
+        )
+
     @property
     def computed(self) -> int:
         """Bytes of tensors that are computed."""
@@ -140,7 +156,8 @@ class MergePlan:
             "bytes": self.need,
             "computed_bytes": self.computed,
             "finished_bytes": 0 if self.options.fresh else finished_bytes(out, self.key),
-            "free_bytes": _free(out),
+            "space_bytes": self.space(out),
+            "free_bytes": shutil.disk_usage(_folder(out)).free,
             "memory_bytes": self.memory,
             "partial": str(partial_path(out, self.key)),
         }
@@ -148,7 +165,7 @@ class MergePlan:
     def lines(self, out: Path) -> list[str]:
         """For people."""
         found = self.as_dict(out)
-        left = found["bytes"] - found["finished_bytes"]
+        left = found["space_bytes"] - found["finished_bytes"]
         lines = [f"{name}  {size:,} bytes" for name, size in found["shards"].items()]
         names = ", ".join(f"{g.name} × {g.weight:g}" for g in self.given)
         size = f"{found['bytes']:,} bytes, {found['computed_bytes']:,} of them computed"
@@ -157,6 +174,8 @@ class MergePlan:
             f"{size}; {found['free_bytes']:,} bytes are free.",
             f"{self.jobs} of {len(self.shards)} shards at once, in about {self.memory / 1e6:,.0f} MB of memory.",
         ]
+        if found["space_bytes"] < found["bytes"]:
+            lines.append(f"They take {found['space_bytes']:,} bytes of the disk: the rest is shared with the base.")
         if found["finished_bytes"]:
             lines.append(f"{found['finished_bytes']:,} bytes are there from a run that was cut short: it would go on.")
         if left > found["free_bytes"]:
@@ -284,6 +303,6 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _free(out: Path) -> int:
-    there = next(folder for folder in (out.absolute().parent, *out.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+def _folder(out: Path) -> Path:
+    """The innermost folder above ``out`` that exists."""
+    return next(folder for folder in out.absolute().parents if folder.exists())

@@ -18,7 +18,7 @@ from typing import Any
 from ssh_deploy.checkpoints.copying import copy_into
 from ssh_deploy.checkpoints.index import INDEX, contained
 from ssh_deploy.checkpoints.resumable import JOURNAL, Partial, resumable_folder
-from ssh_deploy.checkpoints.whole import refuse_existing
+from ssh_deploy.checkpoints.whole import refuse_existing, system_errors_of
 from ssh_deploy.checkpoints.writer import entry_bytes, write_shard
 from ssh_deploy.jobs.merge_entries import Given, index_of
 from ssh_deploy.jobs.merge_plan import MergeOptions, MergePlan, plan_merge
@@ -68,7 +68,9 @@ def merge_adapters(
     refuse_existing(out)  # before any work
     options = MergeOptions(weights, dtype, device, head, require_fingerprint, jobs, fresh)
     plan = plan_merge(base, adapters, options)
-    with resumable_folder(out, key=plan.key, need=plan.need, fresh=fresh) as partial:
+    with system_errors_of(out):
+        space = plan.space(out)
+    with resumable_folder(out, key=plan.key, need=space, fresh=fresh) as partial:
         resumed = [name for name in plan.shards if name in partial.finished]
         for name in resumed:
             for tensor, sums in partial.finished[name]["tallies"].items():

@@ -19,8 +19,9 @@ from safetensors.numpy import save_file
 
 from ssh_deploy.adapters.file import write_file
 from ssh_deploy.adapters.peft_folder import write_folder
-from ssh_deploy.checkpoints import resumable, whole, writer
+from ssh_deploy.checkpoints import copying, resumable, whole, writer
 from ssh_deploy.checkpoints.index import INDEX
+from ssh_deploy.checkpoints.writer import entry_bytes
 from ssh_deploy.errors import CheckpointError, OutputError
 from ssh_deploy.jobs.merge_plan import MergeOptions, plan_merge
 from ssh_deploy.jobs.merging import merge_adapters
@@ -84,6 +85,45 @@ def test_too_little_space_is_known_before_anything_is_written(pico, adapter, tmp
     with pytest.raises(OutputError, match=r"[\d,]+ bytes are needed, 1,000 are free\.\n.*Free some space"):
         merge_adapters(pico("bert"), [adapter], tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.fixture
+def sharing(monkeypatch):
+    """A file system that shares blocks, as far as its users can see, and has 30,000 bytes left."""
+
+    def clone(source, target):
+        os.pwrite(target, source.read_bytes(), 0)
+        return True
+
+    for module in (copying, writer):
+        monkeypatch.setattr(module, "clone", clone)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(whole.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 30_000, 30_000))
+
+
+def test_blocks_shared_with_the_base_need_no_space(pico, adapter, tmp_path, monkeypatch, sharing):
+    plan = planned(pico("bert"), [adapter])
+    assert plan.computed == plan.space(tmp_path / "new" / "shared") == 48 * 48 * 4 < 30_000 < plan.need
+    assert "They take 9,216 bytes of the disk: the rest is shared" in "\n".join(plan.lines(tmp_path / "shared"))
+    merge_adapters(pico("bert"), [adapter], tmp_path / "shared")
+    monkeypatch.undo()
+    merge_adapters(pico("bert"), [adapter], tmp_path / "plain")
+    for path in (tmp_path / "plain").iterdir():
+        assert (tmp_path / "shared" / path.name).read_bytes() == path.read_bytes()
+    assert planned(pico("bert"), [adapter]).space(tmp_path / "x") == plan.need  # there is room: nothing is tried
+
+
+def test_a_shard_with_another_layout_shares_nothing(pico, adapter, tmp_path, sharing):
+    tensors = sum(
+        entry_bytes(e) for e in planned(pico("bert"), [adapter], "float16").shards["model.safetensors"].values()
+    )
+    with pytest.raises(OutputError, match=rf"{tensors:,} bytes are needed, 30,000 are free"):
+        merge_adapters(pico("bert"), [adapter], tmp_path / "out", dtype="float16")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def planned(base, adapters, dtype="keep"):
+    return plan_merge(base, adapters, MergeOptions(dtype=dtype))
 
 
 @pytest.mark.parametrize("call", ["copy_file_range", "pwrite", "fsync"])
