@@ -153,6 +153,13 @@ def _go_on(state: Any, middle: Any, steps: Any) -> None:
         store(state, size + k, r * si + i * sr)
 
 
+@inlined
+def _ask(rows: Any, h: int, share: int, line: int) -> None:
+    """Ask for the h-th share of ``rows`` of W."""
+    for ahead in range(h * share, min((h + 1) * share, rows.size), line):
+        expect(rows, ahead)
+
+
 @jit
 def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any, share: int, line: int) -> None:
     """``z`` = all columns in the rows around ``middle``, each in its places; ``rows`` of W are asked for by shares."""
@@ -167,8 +174,7 @@ def _sum_columns(z: Any, middle: Any, columns: Any, plan: Any, rows: Any, share:
             even = even + load(turns, at) * every(middle, other)
             odd = odd + load(turns, at + LANES) * every(middle, size + other)
         _place(z, columns.held[h], plan, even, odd)
-        for ahead in range(h * share, min((h + 1) * share, rows.size), line):
-            expect(rows, ahead)
+        _ask(rows, h, share, line)
 
 
 @jit
@@ -179,8 +185,7 @@ def _take_columns(z: Any, start: int, columns: Any, plan: Any, rows: Any, share:
         at = h * columns.stride + start
         a, b = load(columns.kept, at + LANES), load_back(columns.kept, at)
         _place(z, columns.held[h], plan, a + b, a - b)
-        for ahead in range(h * share, min((h + 1) * share, rows.size), line):
-            expect(rows, ahead)
+        _ask(rows, h, share, line)
 
 
 @jit

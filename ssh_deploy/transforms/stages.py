@@ -15,13 +15,6 @@ PLACE = 2 * LANES  # numbers of a place: real parts, then imaginary ones
 
 
 @inlined
-def _turned(z: Any, a: int, turns: Any, t: int) -> Any:
-    """Place a times the t-th factor."""
-    xr, xi, wr, wi = load(z, a), load(z, a + LANES), every(turns, t), every(turns, t + 1)
-    return xr * wr - xi * wi, xr * wi + xi * wr
-
-
-@inlined
 def _loaded(z: Any, a: int) -> Any:
     return load(z, a), load(z, a + LANES)
 
@@ -30,6 +23,13 @@ def _loaded(z: Any, a: int) -> Any:
 def _stored(z: Any, a: int, r: Any, i: Any) -> None:
     store(z, a, r)
     store(z, a + LANES, i)
+
+
+@inlined
+def _turned(z: Any, a: int, turns: Any, t: int) -> Any:
+    """Place a times the t-th factor."""
+    (xr, xi), wr, wi = _loaded(z, a), every(turns, t), every(turns, t + 1)
+    return xr * wr - xi * wi, xr * wi + xi * wr
 
 
 @inlined
@@ -149,20 +149,17 @@ def _radix_odd(z: Any, p: int, s: int, turns: Any, at: int, roots: int, own: Any
         for j in range(s):
             t = at + 2 * (p - 1) * j
             a = (group + j) * PLACE
-            ar, ai = load(z, a), load(z, a + LANES)
+            ar, ai = _loaded(z, a)
             tr, ti = ar, ai
             for k in range(1, half + 1):
                 b, c = a + k * s * PLACE, a + (p - k) * s * PLACE
                 br, bi = _turned(z, b, turns, t + 2 * (k - 1))
                 cr, ci = _turned(z, c, turns, t + 2 * (p - k - 1))
                 o = 2 * (k - 1) * PLACE
-                store(own, o, br + cr)
-                store(own, o + LANES, bi + ci)
-                store(own, o + PLACE, br - cr)
-                store(own, o + PLACE + LANES, bi - ci)
+                _stored(own, o, br + cr, bi + ci)
+                _stored(own, o + PLACE, br - cr, bi - ci)
                 tr, ti = tr + (br + cr), ti + (bi + ci)
-            store(z, a, tr)
-            store(z, a + LANES, ti)
+            _stored(z, a, tr, ti)
             for m in range(1, half + 1):
                 x = roots + 2 * m
                 er, ei = ar + load(own, 0) * every(turns, x), ai + load(own, LANES) * every(turns, x)
@@ -174,10 +171,8 @@ def _radix_odd(z: Any, p: int, s: int, turns: Any, at: int, roots: int, own: Any
                     fr = fr + load(own, o + PLACE) * every(turns, x + 1)
                     fi = fi + load(own, o + PLACE + LANES) * every(turns, x + 1)
                 b, c = a + m * s * PLACE, a + (p - m) * s * PLACE
-                store(z, b, er + fi)
-                store(z, b + LANES, ei - fr)
-                store(z, c, er - fi)
-                store(z, c + LANES, ei + fr)
+                _stored(z, b, er + fi, ei - fr)
+                _stored(z, c, er - fi, ei + fr)
 
 
 @jit
