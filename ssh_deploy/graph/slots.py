@@ -3,16 +3,16 @@
 Pre-condition: a plain graph as `trace` wrote it, whose sites can take a slot. Post-condition: with the inputs at
 their defaults every output has the bits of the plain graph; the adapter inputs are those of the contract.
 
-What follows query, key and value (the bias, the heads taken apart) moves into the branches of the last kind's If, with
-an Add before it in the one: an absent adapter costs the If and nothing else. Elsewhere the contribution is added with
-ScatterND(add) onto the batch rows: its first input is updated in place, the bias stays where ORT fuses it with what
-follows, and with no adapter the indices are empty (Add of a zero would also turn −0 into 0). The indices are distinct:
-no two threads meet on a row.
+What follows the products on its own (`tails`: heads taken apart, a gate, a residual) moves into the branches of the
+last kind's If, with an Add before it in the ones: an absent adapter costs the If and nothing else. Elsewhere the
+contribution is added with ScatterND(add) onto the batch rows: its first input is updated in place, the bias stays where
+ORT fuses it with what follows, and with no adapter the indices are empty (Add of a zero would also turn −0 into 0). The
+indices are distinct: no two threads meet on a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,7 @@ from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index
 from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
-from ssh_deploy.graph.tails import Tail, copied, rename_output, replace_tail, tail_of
+from ssh_deploy.graph.tails import Tail, rename_output, replace_tail, tails_of
 
 Bank = spectral_bank.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
 
@@ -112,7 +112,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
         head_bank = heads.prepare(first, head_inputs, ids)
     graph.insert_before(graph[0], first.nodes)
     for group in groups:
-        _fill(graph, constants, banks, group, table, shapes)
+        _fill(graph, constants, banks, group, table, shapes, partial(_is_before, order, group))
     for call in wanted:
         for bank in banks:
             if isinstance(bank, sided.SidedBank):
@@ -260,60 +260,78 @@ def _fill(
     group: Sequence[Call],
     table: Mapping[str, int],
     shapes: Sequence[tuple[int, int]],
+    known: Callable[[ir.Value], bool],
 ) -> None:
     """Add the contributions of all banks to the results of one group of calls."""
     for bank in banks:
         kind = bank.axis if isinstance(bank, spectral_bank.SpectralBank) else bank.kind
         emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
         then, other = emitter.branch("there"), emitter.branch("absent")
-        products = [_current(call) for call in group]
-        tails = [
-            Tail(product, tail_of(product) if bank is banks[-1] else [], call.outputs)
-            for product, call in zip(products, group, strict=True)
-        ]
-        users = [list(product.uses()) for product in products]
+        calls = {_current(call): call for call in group}
+        products = list(calls)
+        tails = tails_of(products, known) if bank is banks[-1] else [Tail((product,)) for product in products]
+        users = {product: list(product.uses()) for product in products}
         if isinstance(bank, spectral_bank.SpectralBank):
-            there = _joined(then, tails, spectral.contribution(then, bank, group, table))
+            terms = spectral.contribution(then, bank, group, table)
         elif isinstance(bank, sparse.SparseBank):
-            there = _joined(then, tails, sparse.contribution(then, bank, group, table))
+            terms = sparse.contribution(then, bank, group, table)
         elif isinstance(bank, sided.SidedBank):
-            there = _joined(then, tails, sided.answered(then, bank, group, products))
+            terms = sided.answered(then, bank, group, products)
         else:
-            there = _joined(then, tails, lowrank.contribution(then, bank, group, _site_places(table, shapes)))
-        absent = [
-            copied(other, tail.nodes, tail.product, tail.product)
-            if tail.nodes
-            else other.op("Gather", tail.product, other.const(np.zeros(0), np.int64), axis=0)
-            for tail in tails
-        ]
+            terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
+        of_product = dict(zip(products, terms, strict=True))
+        there = [tail.joined(then, [of_product[product] for product in tail.products]) for tail in tails]
+        none = other.const(np.zeros(0), np.int64)
+        absent = [tail.copied(other) if tail.nodes else other.op("Gather", tail.result, none, axis=0) for tail in tails]
         single = spectral.single_gate(bank, group) if isinstance(bank, spectral_bank.SpectralBank) else None
         # one token with its adapter first: it is to pass one If only
         rest = emitter if single is None else emitter.branch("rest")
         sums = rest.when(bank.gate, then, there, other, absent, dtype=ir.DataType.FLOAT)
         if single is not None:
             assert isinstance(bank, spectral_bank.SpectralBank)
-            token, sides = emitter.branch("token"), [tail.token_sides for tail in tails]
-            terms = spectral.single_contribution(token, bank, group, table, sides)
-            alone = [tail.joined_token(token, term) for tail, term in zip(tails, terms, strict=True)]
+            token = emitter.branch("token")
+            alone = _of_token(token, bank, calls, table, tails)
             sums = emitter.when(single, token, alone, rest, sums, dtype=ir.DataType.FLOAT)
         graph.extend(emitter.nodes)  # sorted in the end
-        for call, product, value, tail, uses in zip(group, products, sums, tails, users, strict=True):
+        for tail, value in zip(tails, sums, strict=True):
             if tail.nodes:
-                replace_tail(graph, tail.nodes, value)
+                replace_tail(graph, tail, value)
                 continue
-            add = Emitter(constants, f"adapter/{kind}/{call.module}/add")
+            product = tail.result
+            add = Emitter(constants, f"adapter/{kind}/{calls[product].module}/add")
             total = add.op("ScatterND", product, bank.batch, value, reduction="add")
             total.shape, total.dtype = product.shape, ir.DataType.FLOAT
             producer = product.producer()
             assert producer is not None
             graph.insert_after(producer, add.nodes)
-            for node, i in uses:
+            for node, i in users[product]:
                 node.replace_input_with(i, total)
             rename_output(graph, product, total)
 
 
-def _joined(emitter: Emitter, tails: Sequence[Tail], terms: Sequence[ir.Value]) -> list[ir.Value]:
-    return [tail.joined(emitter, term) for tail, term in zip(tails, terms, strict=True)]
+def _of_token(
+    emitter: Emitter,
+    bank: spectral_bank.SpectralBank,
+    calls: Mapping[ir.Value, Call],
+    table: Mapping[str, int],
+    tails: Sequence[Tail],
+) -> list[ir.Value]:
+    """What ``tails`` make of the products of ``calls``, one token a batch row, with its adapter; in a branch."""
+    sides = {product: tail.token_sides(calls[product].outputs) for tail in tails for product in tail.products}
+    terms = spectral.single_contribution(emitter, bank, [*calls.values()], table, [sides[each] for each in calls])
+    of_product = dict(zip(calls, terms, strict=True))
+    return [tail.joined_token(emitter, [of_product[product] for product in tail.products]) for tail in tails]
+
+
+def _is_before(order: Mapping[int, int], group: Sequence[Call], value: ir.Value) -> bool:
+    """Whether ``value`` is no constant and made before any product of ``group``.
+
+    ``order``: of the nodes that were traced, by id; what this pass made since is of groups before.
+    """
+    producer = value.producer()
+    if producer is None:
+        return value.is_graph_input() and not value.is_initializer()
+    return order.get(id(producer), -1) < min(order[id(call.nodes[0])] for call in group)
 
 
 def _current(call: Call) -> ir.Value:

@@ -6,9 +6,8 @@ adapter nothing is done.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import onnx_ir as ir
@@ -109,39 +108,45 @@ def prepare(
     number = then.op("Add", number, nil)
     windows = {out: _windows(then, axis, out, value) for out, value in own.items()}
     counted = then.op("Unsqueeze", rows, then.ints(1))
-    parts, wholes = then.ints(*groups), list[ir.Value]()
-    forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
-    places: dict[int, ir.Value] = {}
-    if by_row:
-        forms = _windows_of_groups(then, axis, windows, n, [shape[0] for shape in shapes], groups)
-        values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
-        parts = then.op("Mul", parts, length)
-        wholes = [*forms.values(), number]
-    else:
-        values = then.op("Unsqueeze", values, then.ints(3))
-        first = then.const([[[inn] for _, inn in shapes]], INT32)
-        cols = then.op("Add", cols, then.op("Mul", number, first))
-        for out, value in windows.items():
-            sites = [i for i, shape in enumerate(shapes) if shape[0] == out]
-            flat = _flat_windows(then, value, number, n, sites, groups)
-            places |= zip(
-                sites, then.ops("Split", flat, outputs=len(sites), axis=1, num_outputs=len(sites)), strict=True
-            )
-        wholes = list(places.values())
-    floats, ints = (then.ops("Split", array, parts, outputs=len(groups), axis=1) for array in (values, cols))
-    made = _behind(emitter, gate, then, {INT64: [counted], FLOAT: floats, INT32: [*ints, *wholes]})
-    lead = leading(like)
+    outs, lead = [shape[0] for shape in shapes], leading(like)
     assert lead is not None
-    counted = next(made)
-    firsts = np.cumsum([0, *groups[:-1]]).tolist()
-    of_values, of_cols = (dict(zip(firsts, islice(made, len(groups)), strict=True)) for _ in range(2))
     if by_row:
-        of_forms = dict(zip(forms, islice(made, len(forms)), strict=True))
-        (number,) = made
+        forms = _windows_of_forms(then, axis, windows, n, outs, groups)
+        values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
+        wholes = [value for value, _ in forms.values()]
+        sides = [[0, sum(groups)]] * 2 + [[0, sum(lengths.values())] for _, lengths in forms.values()]
+        counted, values, cols, *wholes, number = _behind(
+            emitter, gate, then, [counted, values, cols, *wholes, number], [[0, 1], *sides, [0, 1, 1]]
+        )
+        length = emitter.op("Add", emitter.op("Shape", inputs["cols"], start=2, end=3), emitter.const([1], INT64))
+        parts = emitter.op("Mul", emitter.ints(*groups), length)
+        of_values, of_cols = (_by_group(emitter, array, parts, groups) for array in (values, cols))
+        of_forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
+        for whole, (one, (_, lengths)) in zip(wholes, forms.items(), strict=True):
+            each = emitter.ops("Split", whole, emitter.ints(*lengths.values()), outputs=len(lengths), axis=1)
+            of_forms |= {(start, one): value for start, value in zip(lengths, each, strict=True)}
         single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
         single = emitter.op("And", gate, single)
         return SpectralBank(axis, gate, counted, lead, RowPlaces(single, of_values, of_cols, of_forms, number))
-    return SpectralBank(axis, gate, counted, lead, Places(of_values, of_cols, dict(zip(places, made, strict=True))))
+    values = then.op("Unsqueeze", values, then.ints(3))
+    first = then.const([[[inn] for _, inn in shapes]], INT32)
+    cols = then.op("Add", cols, then.op("Mul", number, first))
+    members = {out: [i for i, width in enumerate(outs) if width == out] for out in windows}
+    flat = {out: _flat_windows(then, value, number, n, members[out], groups) for out, value in windows.items()}
+    sides = [[0, len(members[out]), out // width, width + 1] for out in flat for width in [form(axis, out)[1]]]
+    counted, values, cols, *wholes = _behind(
+        emitter,
+        gate,
+        then,
+        [counted, values, cols, *flat.values()],
+        [[0, 1], [0, len(shapes), 0, 1], [0, len(shapes), 0], *sides],
+    )
+    of_values, of_cols = (_by_group(emitter, array, emitter.ints(*groups), groups) for array in (values, cols))
+    places: dict[int, ir.Value] = {}
+    for whole, sites in zip(wholes, members.values(), strict=True):
+        each = emitter.ops("Split", whole, outputs=len(sites), axis=1, num_outputs=len(sites))
+        places |= zip(sites, each, strict=True)
+    return SpectralBank(axis, gate, counted, lead, Places(of_values, of_cols, places))
 
 
 def form(axis: str, out: int) -> tuple[int, int]:
@@ -168,23 +173,25 @@ def _fetched(
 
 
 def _behind(
-    emitter: Emitter, gate: ir.Value, then: Emitter, results: Mapping[type, Sequence[ir.Value]]
-) -> Iterator[ir.Value]:
-    """``results`` of ``then`` by dtype, one after another, or as many without elements where ``gate`` is false.
+    emitter: Emitter, gate: ir.Value, then: Emitter, values: Sequence[ir.Value], sides: Sequence[Sequence[int]]
+) -> Sequence[ir.Value]:
+    """``values`` of ``then``, or where ``gate`` is false as many of ``sides``, one of them 0: no elements.
 
-    Every output of a branch wants a node of that branch: here one node for all of a dtype.
+    They are cut apart outside: each output of an If costs a microsecond more.
     """
-    other = emitter.branch("none")
-    none: list[ir.Value] = []
-    for kind, values in results.items():
-        if not values:
-            continue
-        shape = (0, 1) if kind is INT64 else (0,)  # the batch's row numbers have two sides
-        empty = other.const(np.zeros(shape), kind)
-        none += other.ops("Split", empty, other.ints(*[0] * len(values)), outputs=len(values), axis=0)
-        for value in (*values, *none[-len(values) :]):
-            value.dtype = ir.DataType.from_numpy(np.dtype(kind))
-    return iter(emitter.when(gate, then, [value for values in results.values() for value in values], other, none))
+    other, none = emitter.branch("none"), list[ir.Value]()
+    kinds = [INT64, FLOAT] + [INT32] * (len(values) - 2)
+    for kind, value, own in zip(kinds, values, sides, strict=True):
+        none.append(other.op("Identity", other.const(np.zeros(own), kind)))  # an output wants a node of its branch
+        for each in (value, none[-1]):
+            each.dtype = ir.DataType.from_numpy(np.dtype(kind))
+    return emitter.when(gate, then, values, other, none)
+
+
+def _by_group(emitter: Emitter, array: ir.Value, parts: ir.Value, groups: Sequence[int]) -> dict[int, ir.Value]:
+    """``array`` cut apart along its second axis into ``parts``, by the first site of each of ``groups``."""
+    firsts = np.cumsum([0, *groups[:-1]]).tolist()
+    return dict(zip(firsts, emitter.ops("Split", array, parts, outputs=len(groups), axis=1), strict=True))
 
 
 def _checked(
@@ -243,22 +250,22 @@ def _within(emitter: Emitter, sites: Sequence[int], groups: Sequence[int]) -> ir
     return emitter.const(np.concatenate([np.arange(g) for g in groups])[sites].reshape(1, -1, 1, 1), INT32)
 
 
-def _windows_of_groups(
+def _windows_of_forms(
     emitter: Emitter,
     axis: str,
     windows: Mapping[int, ir.Value],
     n: ir.Value,
     outs: Sequence[int],
     groups: Sequence[int],
-) -> dict[tuple[int, tuple[int, int]], ir.Value]:
-    """``windows`` by out as `RowPlaces` has them, by group and form.
+) -> dict[tuple[int, int], tuple[ir.Value, dict[int, int]]]:
+    """``windows`` by out as `RowPlaces` has them, by form: those of all groups, and how long each one's part is.
 
     Put in the groups' order a whole block of places at a time, all of a form at once: a run of the graph does nothing
-    for a single group but cut its part off.
+    for a single group but cut its part off. Groups go by their first site.
     """
     forms = {out: form(axis, out) for out in windows}
     starts = np.repeat(np.cumsum([0, *groups[:-1]]), groups).tolist()
-    found: dict[tuple[int, tuple[int, int]], ir.Value] = {}
+    found: dict[tuple[int, int], tuple[ir.Value, dict[int, int]]] = {}
     for one in dict.fromkeys(forms.values()):
         parts, blocks, place = [], dict[int, list[int]](), 0
         for out, value in windows.items():
@@ -278,10 +285,7 @@ def _windows_of_groups(
         lengths: dict[int, int] = {}
         for site, mine in blocks.items():
             lengths[starts[site]] = lengths.get(starts[site], 0) + len(mine) * (one[1] + 1)
-        cuts = [lengths[start] for start in sorted(lengths)]
-        whole = emitter.op("Reshape", whole, emitter.ints(0, -1))
-        each_group = emitter.ops("Split", whole, emitter.ints(*cuts), outputs=len(cuts), axis=1)
-        found |= {(start, one): value for start, value in zip(sorted(lengths), each_group, strict=True)}
+        found[one] = (emitter.op("Reshape", whole, emitter.ints(0, -1)), dict(sorted(lengths.items())))
     return found
 
 
