@@ -245,7 +245,7 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
 
     decoder = any(name.startswith(PAST) for name in names)
     free = tuple(_free_sides(name, tensor.ndim, decoder=decoder) for name, tensor in example.items())
-    with quiet():
+    with quiet(), _rules_of_one_node():
         try:
             program = torch.onnx.export(
                 Wrapper().eval(),
@@ -267,6 +267,26 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
     for node in graph.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
     return graph
+
+
+@contextmanager
+def _rules_of_one_node() -> Iterator[None]:
+    """The exporter's optimiser without rules for several nodes at once, of which it tries all in every place.
+
+    In onnxscript 0.7 that is one, two Slices of a whole become a Split, and half the time of a decoder's export. Where
+    another version keeps its rules elsewhere, all of them stay.
+    """
+    rewriter: Any = importlib.import_module("onnxscript.rewriter")
+    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())
+    single = [rule for rule in rules if getattr(getattr(rule, "_target_pattern", None), "has_single_output_node", True)]
+    if len(single) == len(rules):
+        yield
+        return
+    rewriter._DEFAULT_REWRITE_RULES = tuple(single)  # no argument of the exporter reaches it
+    try:
+        yield
+    finally:
+        rewriter._DEFAULT_REWRITE_RULES = rules
 
 
 def _embedding(loaded: Loaded) -> str:

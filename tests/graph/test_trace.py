@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from exported_folders import make_adapter
+from onnxscript import rewriter
 
 from ssh_deploy.checkpoints.index import open_checkpoint
 from ssh_deploy.errors import AdapterMismatchError, GraphError, UnknownNameError
@@ -76,6 +79,25 @@ def test_graph_holds_no_path_of_this_machine(pico):
     calls = by_module(find_calls(traced.graph.graph))
     assert calls["encoder.layer.0.attention.self.query"][0].tokens
     assert traced.hidden == 48
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_rules_for_pairs_of_nodes_stay_out_of_the_exporter(pico, monkeypatch, fails):
+    every, seen, export = rewriter._DEFAULT_REWRITE_RULES, [], torch.onnx.export
+
+    def watched(*args, **kwargs):
+        seen.append([rule._target_pattern.has_single_output_node for rule in rewriter._DEFAULT_REWRITE_RULES])
+        if fails:
+            raise RuntimeError("stopped here")
+        return export(*args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", watched)
+    loaded = load_torch(open_checkpoint(pico("bert")), "feature-extraction")
+    with pytest.raises(GraphError, match="stopped here") if fails else nullcontext():
+        trace_model(loaded)
+    assert all(seen[0])
+    assert 0 < len(seen[0]) < len(every)
+    assert rewriter._DEFAULT_REWRITE_RULES is every
 
 
 def test_conv1d_weights_are_turned(pico):
