@@ -122,10 +122,11 @@ def _chain(product: ir.Value) -> tuple[ir.Node, ...]:
 def _joint(products: Sequence[ir.Value], known: Callable[[ir.Value], bool]) -> tuple[ir.Node, ...]:
     """The nodes that join ``products`` with each other and with what is known, in order; none if two values leave."""
     made, nodes = list(products), list[ir.Node]()
+    graphs = {product.graph for product in products}
     for value in made:  # grows
         for node in dict.fromkeys(value.consumers()):
             ready = all(other is not None and (other in made or known(other)) for other in node.inputs)
-            if node.op_type in _JOINING and ready and node not in nodes:
+            if node.op_type in _JOINING and ready and node.graph in graphs and node not in nodes:
                 nodes.append(node)
                 made.append(node.outputs[0])
     leaving = [value for value in made if value.is_graph_output() or not set(value.consumers()) <= set(nodes)]

@@ -110,43 +110,32 @@ def prepare(
     counted = then.op("Unsqueeze", rows, then.ints(1))
     outs, lead = [shape[0] for shape in shapes], leading(like)
     assert lead is not None
+    places: RowPlaces | Places
     if by_row:
         forms = _windows_of_forms(then, axis, windows, n, outs, groups)
-        values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
-        wholes = [value for value, _ in forms.values()]
+        whole = [then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols)]
+        whole += [value for value, _ in forms.values()]
         sides = [[0, sum(groups)]] * 2 + [[0, sum(lengths.values())] for _, lengths in forms.values()]
-        counted, values, cols, *wholes, number = _behind(
-            emitter, gate, then, [counted, values, cols, *wholes, number], [[0, 1], *sides, [0, 1, 1]]
-        )
-        length = emitter.op("Add", emitter.op("Shape", inputs["cols"], start=2, end=3), emitter.const([1], INT64))
-        parts = emitter.op("Mul", emitter.ints(*groups), length)
-        of_values, of_cols = (_by_group(emitter, array, parts, groups) for array in (values, cols))
-        of_forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
-        for whole, (one, (_, lengths)) in zip(wholes, forms.items(), strict=True):
-            each = emitter.ops("Split", whole, emitter.ints(*lengths.values()), outputs=len(lengths), axis=1)
-            of_forms |= {(start, one): value for start, value in zip(lengths, each, strict=True)}
+        counted, *whole, number = _behind(emitter, gate, then, [counted, *whole, number], [[0, 1], *sides, [0, 1, 1]])
         single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
-        single = emitter.op("And", gate, single)
-        return SpectralBank(axis, gate, counted, lead, RowPlaces(single, of_values, of_cols, of_forms, number))
-    values = then.op("Unsqueeze", values, then.ints(3))
-    first = then.const([[[inn] for _, inn in shapes]], INT32)
-    cols = then.op("Add", cols, then.op("Mul", number, first))
-    members = {out: [i for i, width in enumerate(outs) if width == out] for out in windows}
-    flat = {out: _flat_windows(then, value, number, n, members[out], groups) for out, value in windows.items()}
-    sides = [[0, len(members[out]), out // width, width + 1] for out in flat for width in [form(axis, out)[1]]]
-    counted, values, cols, *wholes = _behind(
-        emitter,
-        gate,
-        then,
-        [counted, values, cols, *flat.values()],
-        [[0, 1], [0, len(shapes), 0, 1], [0, len(shapes), 0], *sides],
-    )
-    of_values, of_cols = (_by_group(emitter, array, emitter.ints(*groups), groups) for array in (values, cols))
-    places: dict[int, ir.Value] = {}
-    for whole, sites in zip(wholes, members.values(), strict=True):
-        each = emitter.ops("Split", whole, outputs=len(sites), axis=1, num_outputs=len(sites))
-        places |= zip(sites, each, strict=True)
-    return SpectralBank(axis, gate, counted, lead, Places(of_values, of_cols, places))
+        width = emitter.op("Add", emitter.op("Shape", inputs["cols"], start=2, end=3), emitter.const([1], INT64))
+        parts = emitter.op("Mul", emitter.ints(*groups), width)
+        of_values, of_cols = (_by_group(emitter, array, parts, groups) for array in whole[:2])
+        of_forms = _by_form(emitter, whole[2:], {one: lengths for one, (_, lengths) in forms.items()})
+        places = RowPlaces(emitter.op("And", gate, single), of_values, of_cols, of_forms, number)
+    else:
+        members = {out: [i for i, width in enumerate(outs) if width == out] for out in windows}
+        flat = [_flat_windows(then, value, number, n, members[out], groups) for out, value in windows.items()]
+        first = then.const([[[inn] for _, inn in shapes]], INT32)
+        whole = [then.op("Unsqueeze", values, then.ints(3)), then.op("Add", cols, then.op("Mul", number, first))]
+        widths = {out: form(axis, out)[1] for out in windows}
+        sides = [[0, len(members[out]), out // width, width + 1] for out, width in widths.items()]
+        counted, *whole = _behind(
+            emitter, gate, then, [counted, *whole, *flat], [[0, 1], [0, len(shapes), 0, 1], [0, len(shapes), 0], *sides]
+        )
+        of_values, of_cols = (_by_group(emitter, array, emitter.ints(*groups), groups) for array in whole[:2])
+        places = Places(of_values, of_cols, _by_site(emitter, whole[2:], members.values()))
+    return SpectralBank(axis, gate, counted, lead, places)
 
 
 def form(axis: str, out: int) -> tuple[int, int]:
@@ -192,6 +181,26 @@ def _by_group(emitter: Emitter, array: ir.Value, parts: ir.Value, groups: Sequen
     """``array`` cut apart along its second axis into ``parts``, by the first site of each of ``groups``."""
     firsts = np.cumsum([0, *groups[:-1]]).tolist()
     return dict(zip(firsts, emitter.ops("Split", array, parts, outputs=len(groups), axis=1), strict=True))
+
+
+def _by_form(
+    emitter: Emitter, arrays: Sequence[ir.Value], lengths: Mapping[tuple[int, int], Mapping[int, int]]
+) -> dict[tuple[int, tuple[int, int]], ir.Value]:
+    """``arrays``, one a form, cut apart along their second axis into the ``lengths`` of each form's groups."""
+    found: dict[tuple[int, tuple[int, int]], ir.Value] = {}
+    for array, (one, own) in zip(arrays, lengths.items(), strict=True):
+        parts = emitter.ops("Split", array, emitter.ints(*own.values()), outputs=len(own), axis=1)
+        found |= {(start, one): part for start, part in zip(own, parts, strict=True)}
+    return found
+
+
+def _by_site(emitter: Emitter, arrays: Sequence[ir.Value], members: Iterable[Sequence[int]]) -> dict[int, ir.Value]:
+    """``arrays``, each of some ``members`` of the sites, cut apart along their second axis, by site."""
+    found: dict[int, ir.Value] = {}
+    for array, sites in zip(arrays, members, strict=True):
+        parts = emitter.ops("Split", array, outputs=len(sites), axis=1, num_outputs=len(sites))
+        found |= zip(sites, parts, strict=True)
+    return found
 
 
 def _checked(
