@@ -94,16 +94,21 @@ class Case:
         """Plain answers plus x ΔWᵀ, ΔW from the definition in float64."""
         answers = []
         for (module, delta), plain in zip(adapter.deltas.items(), self.plain.run(None, {"x": x}), strict=True):
-            values = delta.values.astype(dtype).astype(np.float64)
-            dense = reference.delta(
-                delta.transform, delta.rows, delta.cols, values, delta.shape, alpha=delta.alpha, norm=delta.norm
-            )
-            assert dense.shape == self.weights[module].shape
-            term = x @ dense.T
+            change = dense(delta, dtype)
+            assert change.shape == self.weights[module].shape
+            term = x @ change.T
             if self.heads is not None:
                 term = term.reshape(*term.shape[:2], -1, self.heads).transpose(0, 2, 1, 3)
             answers.append(plain + term)
         return answers
+
+
+def dense(delta, dtype=np.float16):
+    """ΔW of a spectrum whose values are kept in ``dtype``, from the definition, float64."""
+    values = delta.values.astype(dtype).astype(np.float64)
+    return reference.delta(
+        delta.transform, delta.rows, delta.cols, values, delta.shape, alpha=delta.alpha, norm=delta.norm
+    )
 
 
 def layer(n_out, n_in, seed=0):

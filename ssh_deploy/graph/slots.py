@@ -4,7 +4,7 @@ Pre-condition: a plain graph as `trace` wrote it, whose sites can take a slot. P
 their defaults every output has the bits of the plain graph; the adapter inputs are those of the contract.
 
 What follows the products on its own (`tails`: heads taken apart, a gate, a residual) moves into the branches of the
-last kind's If, with an Add before it in the ones: an absent adapter costs the If and nothing else. Elsewhere the
+last kind's If, behind an Add where an adapter is there: an absent one costs the If and nothing else. Elsewhere the
 contribution is added with ScatterND(add) onto the batch rows: its first input is updated in place, the bias stays where
 ORT fuses it with what follows, and with no adapter the indices are empty (Add of a zero would also turn −0 into 0). The
 indices are distinct: no two threads meet on a row.
@@ -280,7 +280,7 @@ def _fill(
         else:
             terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
         of_product = dict(zip(products, terms, strict=True))
-        there = [tail.joined(then, [of_product[product] for product in tail.products]) for tail in tails]
+        there = [tail.joined(then, of_product) for tail in tails]
         none = other.const(np.zeros(0), np.int64)
         absent = [tail.copied(other) if tail.nodes else other.op("Gather", tail.result, none, axis=0) for tail in tails]
         single = spectral.single_gate(bank, group) if isinstance(bank, spectral_bank.SpectralBank) else None
@@ -320,7 +320,7 @@ def _of_token(
     sides = {product: tail.token_sides(calls[product].outputs) for tail in tails for product in tail.products}
     terms = spectral.single_contribution(emitter, bank, [*calls.values()], table, [sides[each] for each in calls])
     of_product = dict(zip(calls, terms, strict=True))
-    return [tail.joined_token(emitter, [of_product[product] for product in tail.products]) for tail in tails]
+    return [tail.joined_token(emitter, of_product) for tail in tails]
 
 
 def _is_before(order: Mapping[int, int], group: Sequence[Call], value: ir.Value) -> bool:

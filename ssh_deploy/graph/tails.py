@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -31,42 +31,45 @@ class Tail:
         """What others read."""
         return self.nodes[-1].outputs[0] if self.nodes else self.products[0]
 
-    def copied(self, emitter: Emitter, instead: Sequence[ir.Value] | None = None) -> ir.Value:
-        """Its nodes once more, in a branch, for ``instead`` of the products; `result` of that."""
-        return _copied(emitter, self.nodes, dict(zip(self.products, instead or self.products, strict=True)))
+    def copied(self, emitter: Emitter, instead: Mapping[ir.Value, ir.Value] | None = None) -> ir.Value:
+        """Its nodes once more, in a branch, for what ``instead`` has of the products; `result` of that."""
+        found = {product: product for product in self.products} | dict(instead or {})
+        value = found[self.products[0]]
+        for node in self.nodes:
+            inputs = [found.get(each, each) if each is not None else None for each in node.inputs]
+            value = found[node.outputs[0]] = emitter.op(node.op_type, *inputs, **node.attributes)
+        return value
 
-    def joined(self, emitter: Emitter, terms: Sequence[ir.Value]) -> ir.Value:
-        """The tail of products + ``terms``, in a branch; the term itself where there is no tail."""
+    def joined(self, emitter: Emitter, terms: Mapping[ir.Value, ir.Value]) -> ir.Value:
+        """The tail of products + their ``terms``, in a branch; the term itself where there is no tail."""
         if not self.nodes:
-            return terms[0]
-        sums = [emitter.op("Add", product, term) for product, term in zip(self.products, terms, strict=True)]
-        return self.copied(emitter, sums)
+            return terms[self.products[0]]
+        return self.copied(emitter, {each: emitter.op("Add", each, terms[each]) for each in self.products})
 
     @property
     def heads(self) -> tuple[int, int] | None:
         """(heads, width of each) where it takes heads apart."""
-        shape = self.nodes[-1].outputs[0].shape if self.nodes else None
-        if shape is None or len(shape) != 4 or len(self.nodes) < 2 or self.nodes[-2].op_type != "Reshape":
+        if [node.op_type for node in self.nodes[-2:]] != ["Reshape", "Transpose"]:
             return None
-        swapped = self.nodes[-1].attributes["perm"].as_ints() if "perm" in self.nodes[-1].attributes else ()
+        last = self.nodes[-1]
+        swapped = last.attributes["perm"].as_ints() if "perm" in last.attributes else ()
+        shape = last.outputs[0].shape
+        if shape is None or len(shape) != 4 or list(swapped) != [0, 2, 1, 3]:
+            return None
         heads, each = shape[1], shape[3]
-        return (
-            (heads, each)
-            if list(swapped) == [0, 2, 1, 3] and isinstance(heads, int) and isinstance(each, int)
-            else None
-        )
+        return (heads, each) if isinstance(heads, int) and isinstance(each, int) else None
 
     def token_sides(self, out: int) -> tuple[int, ...]:
         """Sides after the batch's that a term of one token a batch row, ``out`` wide, has for `joined_token`."""
         return (self.heads[0], 1, self.heads[1]) if self.heads else (1, out)
 
-    def joined_token(self, emitter: Emitter, terms: Sequence[ir.Value]) -> ir.Value:
+    def joined_token(self, emitter: Emitter, terms: Mapping[ir.Value, ir.Value]) -> ir.Value:
         """As `joined`, for terms [batch, token_sides]: with one token, turning the heads round moves nothing."""
         if self.heads is None:
             return self.joined(emitter, terms)
-        value = _copied(emitter, self.nodes[:-2], {self.products[0]: self.products[0]})
+        value = Tail(self.products, self.nodes[:-2]).copied(emitter)
         value = emitter.op("Reshape", value, emitter.ints(-1, self.heads[0], 1, self.heads[1]))
-        return emitter.op("Add", value, terms[0])
+        return emitter.op("Add", value, terms[self.products[0]])
 
 
 def tails_of(products: Sequence[ir.Value], known: Callable[[ir.Value], bool]) -> list[Tail]:
@@ -133,13 +136,3 @@ def _joint(products: Sequence[ir.Value], known: Callable[[ir.Value], bool]) -> t
     if len(leaving) != 1 or not nodes or leaving[0] is not made[-1]:
         return ()
     return () if any(node.op_type in _FUSED for node in leaving[0].consumers()) else tuple(nodes)
-
-
-def _copied(emitter: Emitter, nodes: Iterable[ir.Node], instead: Mapping[ir.Value, ir.Value]) -> ir.Value:
-    """``nodes`` once more, reading other values ``instead``; what the last of them makes."""
-    found = dict(instead)
-    value = next(iter(found.values()))
-    for node in nodes:
-        inputs = [found.get(each, each) if each is not None else None for each in node.inputs]
-        value = found[node.outputs[0]] = emitter.op(node.op_type, *inputs, **node.attributes)
-    return value

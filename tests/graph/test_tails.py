@@ -3,13 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from layer_graphs import GUARD, PAST, dense, layer, session_of
 from onnx import TensorProto, helper, numpy_helper
 
 from ssh_deploy.graph.bank_file import Layout, adapter_rows, stack_rows
 from ssh_deploy.graph.slots import Plan, add_slots
 from ssh_deploy.testing import random_adapter
-from ssh_deploy.transforms import reference
-from tests.layer_graphs import GUARD, PAST, layer, session_of
 
 WEIGHTS = {"gate": layer(24, 16), "up": layer(24, 16, 1), "down": layer(16, 24, 2)}
 KINDS = ("Pow", "LayerNormalization", "gate is an output", "residual comes later")
@@ -66,14 +65,6 @@ def answer(after, x, deltas):
     else:
         y = total**2
     return [total, y, gated] if after == "gate is an output" else [total, y]
-
-
-def dense(delta):
-    """ΔW of its values in float16, from the definition, float64."""
-    values = delta.values.astype(np.float16).astype(np.float64)
-    return reference.delta(
-        delta.transform, delta.rows, delta.cols, values, delta.shape, alpha=delta.alpha, norm=delta.norm
-    )
 
 
 @pytest.mark.parametrize("kinds", [("hartley",), ("hartley", "lowrank")])

@@ -1,21 +1,25 @@
 """What the graph makes once a run of an axis kernel's bank: the batch's rows of it, checked, as flat places.
 
-Every group of sites reads its part of it (`lowering.spectral`). All of it stands behind one If, so that without an
-adapter nothing is done.
+Every group of sites reads its part of it (`lowering.spectral`). All but the cutting apart stands behind one If, so that
+without an adapter nothing is done.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from ssh_deploy.graph.emitter import Emitter
+from ssh_deploy.graph.lowrank_rows import sites_by_width
 from ssh_deploy.transforms import get_transform
 
 INT32, INT64, FLOAT = np.int32, np.int64, np.float32
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,31 +114,38 @@ def prepare(
     counted = then.op("Unsqueeze", rows, then.ints(1))
     outs, lead = [shape[0] for shape in shapes], leading(like)
     assert lead is not None
+    sites, firsts = len(shapes), np.cumsum([0, *groups[:-1]]).tolist()
     places: RowPlaces | Places
     if by_row:
         forms = _windows_of_forms(then, axis, windows, n, outs, groups)
-        whole = [then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols)]
-        whole += [value for value, _ in forms.values()]
-        sides = [[0, sum(groups)]] * 2 + [[0, sum(lengths.values())] for _, lengths in forms.values()]
-        counted, *whole, number = _behind(emitter, gate, then, [counted, *whole, number], [[0, 1], *sides, [0, 1, 1]])
+        values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
+        results = [(counted, _none(INT64, 1)), (values, _none(FLOAT, sites)), (cols, _none(INT32, sites))]
+        results += [(whole, _none(INT32, sum(lengths.values()))) for whole, lengths in forms.values()]
+        counted, *cut, number = _behind(emitter, gate, then, [*results, (number, _none(INT32, 1, 1))])
         single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
         width = emitter.op("Add", emitter.op("Shape", inputs["cols"], start=2, end=3), emitter.const([1], INT64))
         parts = emitter.op("Mul", emitter.ints(*groups), width)
-        of_values, of_cols = (_by_group(emitter, array, parts, groups) for array in whole[:2])
-        of_forms = _by_form(emitter, whole[2:], {one: lengths for one, (_, lengths) in forms.items()})
+        of_forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
+        for array, (one, (_, lengths)) in zip(cut[2:], forms.items(), strict=True):
+            of_forms |= _cut(emitter, array, emitter.ints(*lengths.values()), [(start, one) for start in lengths])
+        of_values, of_cols = (_cut(emitter, array, parts, firsts) for array in cut[:2])
         places = RowPlaces(emitter.op("And", gate, single), of_values, of_cols, of_forms, number)
     else:
-        members = {out: [i for i, width in enumerate(outs) if width == out] for out in windows}
-        flat = [_flat_windows(then, value, number, n, members[out], groups) for out, value in windows.items()]
+        members = sites_by_width(outs)
         first = then.const([[[inn] for _, inn in shapes]], INT32)
-        whole = [then.op("Unsqueeze", values, then.ints(3)), then.op("Add", cols, then.op("Mul", number, first))]
-        widths = {out: form(axis, out)[1] for out in windows}
-        sides = [[0, len(members[out]), out // width, width + 1] for out, width in widths.items()]
-        counted, *whole = _behind(
-            emitter, gate, then, [counted, *whole, *flat], [[0, 1], [0, len(shapes), 0, 1], [0, len(shapes), 0], *sides]
-        )
-        of_values, of_cols = (_by_group(emitter, array, emitter.ints(*groups), groups) for array in whole[:2])
-        places = Places(of_values, of_cols, _by_site(emitter, whole[2:], members.values()))
+        values = then.op("Unsqueeze", values, then.ints(3))
+        cols = then.op("Add", cols, then.op("Mul", number, first))
+        results = [(counted, _none(INT64, 1)), (values, _none(FLOAT, sites, 0, 1)), (cols, _none(INT32, sites, 0))]
+        for out, value in windows.items():
+            _, block = form(axis, out)
+            none = _none(INT32, len(members[out]), out // block, block + 1)
+            results.append((_flat_windows(then, value, number, n, members[out], groups), none))
+        counted, *cut = _behind(emitter, gate, then, results)
+        of_sites: dict[int, ir.Value] = {}
+        for array, out in zip(cut[2:], windows, strict=True):
+            of_sites |= _cut(emitter, array, emitter.ints(*[1] * len(members[out])), members[out])
+        of_values, of_cols = (_cut(emitter, array, emitter.ints(*groups), firsts) for array in cut[:2])
+        places = Places(of_values, of_cols, of_sites)
     return SpectralBank(axis, gate, counted, lead, places)
 
 
@@ -161,46 +172,29 @@ def _fetched(
     return emitter.op("Pad", values, end), emitter.op("Pad", cols, end), own
 
 
+def _none(kind: type, *sides: int) -> NDArray[Any]:
+    """What stands for an array [batch, ``sides``] where there is no adapter: no batch rows."""
+    return np.zeros((0, *sides), kind)
+
+
 def _behind(
-    emitter: Emitter, gate: ir.Value, then: Emitter, values: Sequence[ir.Value], sides: Sequence[Sequence[int]]
+    emitter: Emitter, gate: ir.Value, then: Emitter, results: Sequence[tuple[ir.Value, NDArray[Any]]]
 ) -> Sequence[ir.Value]:
-    """``values`` of ``then``, or where ``gate`` is false as many of ``sides``, one of them 0: no elements.
+    """The values of ``then``, or where ``gate`` is false what stands with each of them in ``results``.
 
     They are cut apart outside: each output of an If costs a microsecond more.
     """
-    other, none = emitter.branch("none"), list[ir.Value]()
-    kinds = [INT64, FLOAT] + [INT32] * (len(values) - 2)
-    for kind, value, own in zip(kinds, values, sides, strict=True):
-        none.append(other.op("Identity", other.const(np.zeros(own), kind)))  # an output wants a node of its branch
-        for each in (value, none[-1]):
-            each.dtype = ir.DataType.from_numpy(np.dtype(kind))
-    return emitter.when(gate, then, values, other, none)
+    other = emitter.branch("none")
+    # an output wants a node of its branch
+    nones = [other.op("Identity", other.const(none, none.dtype)) for _, none in results]
+    for (value, none), instead in zip(results, nones, strict=True):
+        value.dtype = instead.dtype = ir.DataType.from_numpy(none.dtype)
+    return emitter.when(gate, then, [value for value, _ in results], other, nones)
 
 
-def _by_group(emitter: Emitter, array: ir.Value, parts: ir.Value, groups: Sequence[int]) -> dict[int, ir.Value]:
-    """``array`` cut apart along its second axis into ``parts``, by the first site of each of ``groups``."""
-    firsts = np.cumsum([0, *groups[:-1]]).tolist()
-    return dict(zip(firsts, emitter.ops("Split", array, parts, outputs=len(groups), axis=1), strict=True))
-
-
-def _by_form(
-    emitter: Emitter, arrays: Sequence[ir.Value], lengths: Mapping[tuple[int, int], Mapping[int, int]]
-) -> dict[tuple[int, tuple[int, int]], ir.Value]:
-    """``arrays``, one a form, cut apart along their second axis into the ``lengths`` of each form's groups."""
-    found: dict[tuple[int, tuple[int, int]], ir.Value] = {}
-    for array, (one, own) in zip(arrays, lengths.items(), strict=True):
-        parts = emitter.ops("Split", array, emitter.ints(*own.values()), outputs=len(own), axis=1)
-        found |= {(start, one): part for start, part in zip(own, parts, strict=True)}
-    return found
-
-
-def _by_site(emitter: Emitter, arrays: Sequence[ir.Value], members: Iterable[Sequence[int]]) -> dict[int, ir.Value]:
-    """``arrays``, each of some ``members`` of the sites, cut apart along their second axis, by site."""
-    found: dict[int, ir.Value] = {}
-    for array, sites in zip(arrays, members, strict=True):
-        parts = emitter.ops("Split", array, outputs=len(sites), axis=1, num_outputs=len(sites))
-        found |= zip(sites, parts, strict=True)
-    return found
+def _cut(emitter: Emitter, array: ir.Value, lengths: ir.Value, keys: Sequence[Key]) -> dict[Key, ir.Value]:
+    """``array`` cut apart along its second axis into ``lengths``, a part for each of ``keys``."""
+    return dict(zip(keys, emitter.ops("Split", array, lengths, outputs=len(keys), axis=1), strict=True))
 
 
 def _checked(
@@ -272,7 +266,7 @@ def _windows_of_forms(
     Put in the groups' order a whole block of places at a time, all of a form at once: a run of the graph does nothing
     for a single group but cut its part off. Groups go by their first site.
     """
-    forms = {out: form(axis, out) for out in windows}
+    forms, members = {out: form(axis, out) for out in windows}, sites_by_width(outs)
     starts = np.repeat(np.cumsum([0, *groups[:-1]]), groups).tolist()
     found: dict[tuple[int, int], tuple[ir.Value, dict[int, int]]] = {}
     for one in dict.fromkeys(forms.values()):
@@ -280,7 +274,7 @@ def _windows_of_forms(
         for out, value in windows.items():
             if forms[out] != one:
                 continue
-            sites = [i for i, width in enumerate(outs) if width == out]
+            sites = members[out]
             shifted = emitter.op("Add", value, emitter.op("Mul", _within(emitter, sites, groups), n))
             parts.append(emitter.op("Reshape", shifted, emitter.ints(0, -1, one[1] + 1)))
             each = out // one[1]
