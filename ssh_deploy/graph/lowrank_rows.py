@@ -61,3 +61,11 @@ def stack_padded(own: Sequence[Mapping[str, NDArray[Any]]], prefix: str) -> dict
         for i, array in enumerate(arrays, 1):
             bank[i][tuple(slice(0, side) for side in array.shape)] = array
     return banks
+
+
+def site_places(table: Mapping[str, int], shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """Place of every module among the sites of its in, and among those of its out."""
+    of_in, of_out = (sites_by_width([shape[side] for shape in shapes]) for side in (1, 0))
+    return {
+        module: (of_in[shapes[row][1]].index(row), of_out[shapes[row][0]].index(row)) for module, row in table.items()
+    }

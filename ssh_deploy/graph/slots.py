@@ -2,17 +2,11 @@
 
 Pre-condition: a plain graph as `trace` wrote it, whose sites can take a slot. Post-condition: with the inputs at
 their defaults every output has the bits of the plain graph; the adapter inputs are those of the contract.
-
-What follows the products on its own (`tails`: heads taken apart, a gate, a residual) moves into the branches of the
-last kind's If, behind an Add where an adapter is there: an absent one costs the If and nothing else. Elsewhere the
-contribution is added with ScatterND(add) onto the batch rows: its first input is updated in place, the bias stays where
-ORT fuses it with what follows, and with no adapter the indices are empty (Add of a zero would also turn −0 into 0). The
-indices are distinct: no two threads meet on a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,16 +15,16 @@ import onnx_ir as ir
 
 from ssh_deploy.errors import GraphError, SlotError, near_misses
 from ssh_deploy.graph.emitter import Constants, Emitter
+from ssh_deploy.graph.filling import Bank, Filler
+from ssh_deploy.graph.kv_cache import PAST
 from ssh_deploy.graph.lowering import head as heads
-from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral, spectral_bank
-from ssh_deploy.graph.lowrank_rows import A, B, sites_by_width
+from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral_bank
+from ssh_deploy.graph.lowrank_rows import A, B, site_places, sites_by_width
 from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
 from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
-from ssh_deploy.graph.tails import Tail, rename_output, replace_tail, tails_of
-
-Bank = spectral_bank.SpectralBank | lowrank.LowRankBank | sparse.SparseBank | sided.SidedBank
+from ssh_deploy.graph.tails import rename_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +105,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
         ids = _batch_ids(graph, first, "adapter_head_ids", "head_requests", batch, plan)
         head_bank = heads.prepare(first, head_inputs, ids)
     graph.insert_before(graph[0], first.nodes)
-    for group in groups:
-        _fill(graph, constants, banks, group, table, shapes, partial(_is_before, order, group))
+    Filler(graph, constants, banks, table, shapes, order).fill(groups)
     for call in wanted:
         for bank in banks:
             if isinstance(bank, sided.SidedBank):
@@ -184,10 +177,9 @@ def _spectral_bank(
         rows = (f"{dims}adapters", len(sites), out + 1)
         name, default = f"{prefix}{ROW_POINTERS}{out}", np.zeros((1, len(sites), out + 1))
         pointers[out] = _input(graph, name, ir.DataType.UINT16, rows, default, plan)
-    single = any((value.name or "").startswith("past_key_values") for value in graph.inputs)
-    like = graph.inputs[0]
+    cached = {name.rpartition(".")[0] for value in graph.inputs if (name := value.name or "").startswith(PAST)}
     return spectral_bank.prepare(
-        emitter, kind, inputs, pointers, ids, like=like, shapes=shapes, groups=groups, by_row=single
+        emitter, kind, inputs, pointers, ids, like=graph.inputs[0], shapes=shapes, groups=groups, layers=len(cached)
     )
 
 
@@ -224,15 +216,7 @@ def _structured_banks(
         places = ir.DataType.from_numpy(place_dtype(shapes))
         banks.append(sparse_bank(emitter, declare, ids, shapes, values=values, places=places))
     kinds = [kind for kind in SIDED if kind in plan.kinds and table]
-    return banks + [sided_bank(emitter, kind, declare, ids, shapes, _site_places(table, shapes)) for kind in kinds]
-
-
-def _site_places(table: Mapping[str, int], shapes: Sequence[tuple[int, int]]) -> dict[str, tuple[int, int]]:
-    """Place of every module among the sites of its in, and among those of its out."""
-    of_in, of_out = (sites_by_width([shape[side] for shape in shapes]) for side in (1, 0))
-    return {
-        module: (of_in[shapes[row][1]].index(row), of_out[shapes[row][0]].index(row)) for module, row in table.items()
-    }
+    return banks + [sided_bank(emitter, kind, declare, ids, shapes, site_places(table, shapes)) for kind in kinds]
 
 
 def place_dtype(shapes: Sequence[tuple[int, int]]) -> np.dtype[np.uint16] | np.dtype[np.int32]:
@@ -251,97 +235,6 @@ def _head_inputs(graph: ir.Graph, calls: Sequence[Call], plan: Plan) -> dict[str
         bias = _input(graph, f"{name}.bias", ir.DataType.FLOAT, sides, np.zeros((1, 0)), plan)
         found[call.module] = {"weight": weight, "bias": bias}
     return found
-
-
-def _fill(
-    graph: ir.Graph,
-    constants: Constants,
-    banks: Sequence[Bank],
-    group: Sequence[Call],
-    table: Mapping[str, int],
-    shapes: Sequence[tuple[int, int]],
-    known: Callable[[ir.Value], bool],
-) -> None:
-    """Add the contributions of all banks to the results of one group of calls."""
-    for bank in banks:
-        kind = bank.axis if isinstance(bank, spectral_bank.SpectralBank) else bank.kind
-        emitter = Emitter(constants, f"adapter/{kind}/{group[0].module}")
-        then, other = emitter.branch("there"), emitter.branch("absent")
-        calls = {_current(call): call for call in group}
-        products = list(calls)
-        tails = tails_of(products, known) if bank is banks[-1] else [Tail((product,)) for product in products]
-        users = {product: list(product.uses()) for product in products}
-        if isinstance(bank, spectral_bank.SpectralBank):
-            terms = spectral.contribution(then, bank, group, table)
-        elif isinstance(bank, sparse.SparseBank):
-            terms = sparse.contribution(then, bank, group, table)
-        elif isinstance(bank, sided.SidedBank):
-            terms = sided.answered(then, bank, group, products)
-        else:
-            terms = lowrank.contribution(then, bank, group, _site_places(table, shapes))
-        of_product = dict(zip(products, terms, strict=True))
-        there = [tail.joined(then, of_product) for tail in tails]
-        none = other.const(np.zeros(0), np.int64)
-        absent = [tail.copied(other) if tail.nodes else other.op("Gather", tail.result, none, axis=0) for tail in tails]
-        single = spectral.single_gate(bank, group) if isinstance(bank, spectral_bank.SpectralBank) else None
-        # one token with its adapter first: it is to pass one If only
-        rest = emitter if single is None else emitter.branch("rest")
-        sums = rest.when(bank.gate, then, there, other, absent, dtype=ir.DataType.FLOAT)
-        if single is not None:
-            assert isinstance(bank, spectral_bank.SpectralBank)
-            token = emitter.branch("token")
-            alone = _of_token(token, bank, calls, table, tails)
-            sums = emitter.when(single, token, alone, rest, sums, dtype=ir.DataType.FLOAT)
-        graph.extend(emitter.nodes)  # sorted in the end
-        for tail, value in zip(tails, sums, strict=True):
-            if tail.nodes:
-                replace_tail(graph, tail, value)
-                continue
-            product = tail.result
-            add = Emitter(constants, f"adapter/{kind}/{calls[product].module}/add")
-            total = add.op("ScatterND", product, bank.batch, value, reduction="add")
-            total.shape, total.dtype = product.shape, ir.DataType.FLOAT
-            producer = product.producer()
-            assert producer is not None
-            graph.insert_after(producer, add.nodes)
-            for node, i in users[product]:
-                node.replace_input_with(i, total)
-            rename_output(graph, product, total)
-
-
-def _of_token(
-    emitter: Emitter,
-    bank: spectral_bank.SpectralBank,
-    calls: Mapping[ir.Value, Call],
-    table: Mapping[str, int],
-    tails: Sequence[Tail],
-) -> list[ir.Value]:
-    """What ``tails`` make of the products of ``calls``, one token a batch row, with its adapter; in a branch."""
-    sides = {product: tail.token_sides(calls[product].outputs) for tail in tails for product in tail.products}
-    terms = spectral.single_contribution(emitter, bank, [*calls.values()], table, [sides[each] for each in calls])
-    of_product = dict(zip(calls, terms, strict=True))
-    return [tail.joined_token(emitter, of_product) for tail in tails]
-
-
-def _is_before(order: Mapping[int, int], group: Sequence[Call], value: ir.Value) -> bool:
-    """Whether ``value`` is no constant and made before any product of ``group``.
-
-    ``order``: of the nodes that were traced, by id; what this pass made since is of groups before.
-    """
-    producer = value.producer()
-    if producer is None:
-        return value.is_graph_input() and not value.is_initializer()
-    return order.get(id(producer), -1) < min(order[id(call.nodes[0])] for call in group)
-
-
-def _current(call: Call) -> ir.Value:
-    """The call's product with the contributions added so far."""
-    value = call.product
-    while True:
-        following = [n for n in value.consumers() if n.op_type == "ScatterND" and (n.name or "").startswith("adapter/")]
-        if not following:
-            return value
-        value = following[0].outputs[0]
 
 
 def _replace_head(

@@ -67,23 +67,26 @@ def answer(after, x, deltas):
     return [total, y, gated] if after == "gate is an output" else [total, y]
 
 
-@pytest.mark.parametrize("kinds", [("hartley",), ("hartley", "lowrank")])
+@pytest.mark.parametrize("kinds", [("hartley",), ("hartley", "lowrank"), ("hartley", "cosine")])
+@pytest.mark.parametrize("sites", [("gate", "up", "down"), ("gate", "down"), ("down",)])
 @pytest.mark.parametrize("length", [1, 4])
 @pytest.mark.parametrize("after", KINDS)
-def test_a_gate_and_a_residual_answer_right_in_every_branch(after, length, kinds):
+def test_a_gate_and_a_residual_answer_right_in_every_branch(after, length, sites, kinds):
     model = block(after)
     plain = session_of(model)
-    slotted = add_slots(model, Plan(tuple(WEIGHTS), kinds, (), frozenset()))
+    slotted = add_slots(model, Plan(sites, kinds, (), frozenset()))
     slots, layout = session_of(model), Layout(slotted.table, kinds, (), "float16", GUARD, {})
-    adapters = [random_adapter({m: w.shape for m, w in WEIGHTS.items()}, n=12, alpha=8.0, seed=s) for s in (1, 2)]
-    rows = [adapter_rows(adapter, layout, {m: m for m in WEIGHTS}) for adapter in adapters]
+    shapes = {site: WEIGHTS[site].shape for site in sites}
+    forms = [("hartley", 8.0), ("cosine", 1.0) if "cosine" in kinds else ("hartley", 8.0)]
+    adapters = [random_adapter(shapes, n=12, transform=t, alpha=a, seed=i) for i, (t, a) in enumerate(forms)]
+    rows = [adapter_rows(adapter, layout, {m: m for m in sites}) for adapter in adapters]
     x = np.random.default_rng(3).normal(size=(3, length, 16)).astype(np.float32)
     x[0, 0] = -0.0
     feeds = {"x": x, PAST[0]: PAST[1]}
     for got, want in zip(slots.run(None, feeds), plain.run(None, feeds), strict=True):
         assert got.tobytes() == want.tobytes()
-    banks, _ = stack_rows(rows, layout)
-    got = slots.run(None, {**feeds, **banks, "adapter_ids": np.array([2, 0, 1])})
+    banks, ids = stack_rows(rows, layout)
+    got = slots.run(None, {**feeds, **banks, **{name: np.array([own[1], 0, own[0]]) for name, own in ids.items()}})
     for row, deltas in enumerate((adapters[1].deltas, {}, adapters[0].deltas)):
         changes = {module: dense(delta) for module, delta in deltas.items()}
         for mine, want in zip(got, answer(after, x[row], changes), strict=True):
@@ -91,17 +94,50 @@ def test_a_gate_and_a_residual_answer_right_in_every_branch(after, length, kinds
 
 
 @pytest.mark.parametrize(
-    ("after", "outside"),
+    ("sites", "after", "outside"),
     [
-        ("Pow", []),
-        ("LayerNormalization", ["Add", "ScatterND"]),  # ORT makes one node of that Add and what follows
-        ("gate is an output", ["Mul", "Mul", "ScatterND", "ScatterND", "Sigmoid"]),
-        ("residual comes later", ["Add", "ScatterND"]),
+        (("gate", "up", "down"), "Pow", ["Add"]),  # what down contributes is in the residual
+        (("gate", "up", "down"), "LayerNormalization", ["Add"]),
+        (("gate", "up", "down"), "gate is an output", ["Mul", "Mul", "ScatterND", "ScatterND", "Sigmoid"]),
+        (("gate", "up", "down"), "residual comes later", ["Add", "ScatterND"]),
+        (("down",), "Pow", ["Mul", "Mul", "Sigmoid"]),
+        # ORT makes one node of that Add and what follows
+        (("down",), "LayerNormalization", ["Add", "Mul", "Mul", "ScatterND", "Sigmoid"]),
     ],
 )
-def test_only_what_reads_nothing_else_moves_into_the_branches(after, outside):
+def test_only_what_reads_nothing_else_moves_into_the_branches(sites, after, outside):
     model = block(after)
-    add_slots(model, Plan(tuple(WEIGHTS), ("hartley",), (), frozenset()))
+    add_slots(model, Plan(sites, ("hartley",), (), frozenset()))
     moved = ("Add", "Mul", "ScatterND", "Sigmoid")
     mine = [node for node in model.graph if not (node.name or "").startswith("adapter/") or node.op_type == "ScatterND"]
     assert sorted(node.op_type for node in mine if node.op_type in moved) == outside
+
+
+@pytest.mark.parametrize(
+    ("kinds", "after", "there"),
+    [
+        (("hartley",), "Pow", ["hartley/gate"]),
+        (("hartley",), "residual comes later", ["hartley/down", "hartley/gate"]),
+        # an If a kind for what does not move; the last kind's serves both
+        (("hartley", "cosine"), "Pow", ["cosine/gate", "hartley/down", "hartley/gate"]),
+        (("hartley", "lowrank"), "Pow", ["hartley/down", "hartley/gate", "lowrank/down", "lowrank/gate"]),
+    ],
+)
+def test_one_if_serves_a_gate_and_what_reads_it(kinds, after, there):
+    model = block(after)
+    add_slots(model, Plan(tuple(WEIGHTS), kinds, (), frozenset()))
+    names = [node.name.split("/")[1:3] for node in model.graph if node.op_type == "If" and node.name.count("/") == 3]
+    assert sorted("/".join(name) for name in names) == there
+
+
+@pytest.mark.parametrize(("sites", "asked"), [(("gate", "up"), "Greater"), (("gate", "up", "down"), "And")])
+def test_with_a_group_a_layer_the_adapter_is_asked_for_before_the_length(sites, asked):
+    """One layer with a cache: one group passes one If without an adapter; of more, a token with its adapter does."""
+    model = block("residual comes later")
+    add_slots(model, Plan(sites, ("hartley",), (), frozenset()))
+    outer = {
+        node.inputs[0].producer().op_type
+        for node in model.graph
+        if (node.name or "").startswith("adapter/hartley/") and node.op_type == "If"
+    }
+    assert outer == {asked}

@@ -21,8 +21,8 @@ their rounding: about 2⁻²⁴·√n of the largest |w|, with one token n and w
 **One token or many** (`stages`, `RowPlaces`). With one token a place is one number, which GatherElements fetches from
 its batch row six times faster than Gather, which copies runs (1.5 and 9.7 µs for 1,502 numbers; 10 and 38 for eight
 rows). And what a node costs is then its start, with caches that the weights of a layer have just gone through: so the
-sites of a group are summed in one go and share the way back. Graphs that read single tokens have both, and ask for the
-single token first: an If costs some 12 µs between two layers, and a token with its adapter passes only one.
+sites of a group are summed in one go and share the way back. Graphs that read single tokens have both, and an If for
+each question (`filling`): is an adapter there, is it a single token?
 
 **Never a wrong answer.** Row pointers beyond the coefficients, or columns outside their weight, end in an error of
 Gather (a one-element table asked for its second element); so do ids that are negative or beyond the bank.
@@ -51,7 +51,12 @@ INT32, INT64 = np.int32, np.int64
 
 
 def contribution(
-    emitter: Emitter, bank: SpectralBank, calls: Sequence[Call], table: Mapping[str, int]
+    emitter: Emitter,
+    bank: SpectralBank,
+    calls: Sequence[Call],
+    table: Mapping[str, int],
+    *,
+    read: ir.Value | None = None,
 ) -> list[ir.Value]:
     """Emit, into the branch that runs when an adapter is there, what it adds to each of ``calls``.
 
@@ -60,17 +65,20 @@ def contribution(
         bank: as `spectral_bank.prepare` made it.
         calls: of one group: they read the same activation and have consecutive rows in ``table``.
         table: row of each module in the ``sites`` dimension.
+        read: their activation, where it is made in the branch.
 
     Returns:
         f32 of the shape of each call's result.
     """
     sites, places = {table[call.module]: call.outputs for call in calls}, bank.places
-    one = not calls[0].tokens
+    one, read = not calls[0].tokens, calls[0].activation if read is None else read
     if isinstance(places, RowPlaces) and one:
-        terms = _of_token(emitter, bank.axis, places, sites, {site: (out,) for site, out in sites.items()}, calls[0])
+        terms = _of_token(
+            emitter, bank.axis, places, sites, {site: (out,) for site, out in sites.items()}, read, calls[0].inputs
+        )
     else:
         apart = places if isinstance(places, Places) else _apart(emitter, bank.axis, places, sites, calls[0].inputs)
-        terms = _of_tokens(emitter, bank.axis, apart, sites, calls[0])
+        terms = _of_tokens(emitter, bank.axis, apart, sites, read, calls[0].inputs, one=one)
     return [terms[table[call.module]] for call in calls]
 
 
@@ -90,13 +98,16 @@ def single_contribution(
     calls: Sequence[Call],
     table: Mapping[str, int],
     sides: Sequence[tuple[int, ...]],
+    *,
+    read: ir.Value | None = None,
 ) -> list[ir.Value]:
     """As `contribution`, into the branch that runs for one token a batch row: f32 [batch, ``sides`` of the call]."""
     places = bank.places
     assert isinstance(places, RowPlaces)
     sites = {table[call.module]: call.outputs for call in calls}
     wanted = {table[call.module]: own for call, own in zip(calls, sides, strict=True)}
-    terms = _of_token(emitter, bank.axis, places, sites, wanted, calls[0])
+    read = calls[0].activation if read is None else read
+    terms = _of_token(emitter, bank.axis, places, sites, wanted, read, calls[0].inputs)
     return [terms[table[call.module]] for call in calls]
 
 
@@ -106,11 +117,12 @@ def _of_token(
     places: RowPlaces,
     sites: Mapping[int, int],
     sides: Mapping[int, tuple[int, ...]],
-    call: Call,
+    read: ir.Value,
+    n_in: int,
 ) -> dict[int, ir.Value]:
     """For one token a batch row: f32 [batch, its ``sides``] of every site."""
     first, kernel = min(sites), get_transform(axis).axis
-    z = forward_token(emitter, call.activation, kernel.two_stage(call.inputs))
+    z = forward_token(emitter, read, kernel.two_stage(n_in))
     w = emitter.op("Mul", emitter.op("GatherElements", z, places.cols[first], axis=1), places.values[first])
     sums = emitter.op("CumSum", w, emitter.const(1, INT64), exclusive=1)
     answers: dict[int, ir.Value] = {}
@@ -122,11 +134,11 @@ def _of_token(
 
 
 def _of_tokens(
-    emitter: Emitter, axis: str, places: Places, sites: Mapping[int, int], call: Call
+    emitter: Emitter, axis: str, places: Places, sites: Mapping[int, int], read: ir.Value, n_in: int, *, one: bool
 ) -> dict[int, ir.Value]:
-    """For any number of tokens: f32 [batch, tokens, out] of every site; [batch, out] where the call has no tokens."""
-    first, kernel, one = min(sites), get_transform(axis).axis, not call.tokens
-    z = emitter.op("Flatten", forward(emitter, call.activation, kernel.two_stage(call.inputs), one=one), axis=3)
+    """For any number of tokens: f32 [batch, tokens, out] of every site; [batch, out] where there is ``one``."""
+    first, kernel = min(sites), get_transform(axis).axis
+    z = emitter.op("Flatten", forward(emitter, read, kernel.two_stage(n_in), one=one), axis=3)
     w = emitter.op("Mul", emitter.op("Gather", z, places.cols[first], axis=0), places.values[first])
     sums = emitter.op("Flatten", emitter.op("CumSum", w, emitter.const(2, INT64), exclusive=1), axis=3)
     answers = {}

@@ -60,7 +60,7 @@ class SpectralBank:
 
     ``gate`` is true when an adapter is there, and ``batch`` int64 [batch, 1] then numbers the batch's rows (else
     [0, 1]). ``lead``: (batch, tokens) of the graph's input, symbolic. ``places`` are `RowPlaces` in graphs of single
-    tokens.
+    tokens; ``gate_first`` tells whether groups of these are to ask for an adapter before they ask for the length.
     """
 
     axis: str
@@ -68,6 +68,7 @@ class SpectralBank:
     batch: ir.Value
     lead: tuple[object, object]
     places: Places | RowPlaces
+    gate_first: bool
 
 
 def prepare(
@@ -80,7 +81,7 @@ def prepare(
     like: ir.Value,
     shapes: Sequence[tuple[int, int]],
     groups: Sequence[int],
-    by_row: bool,
+    layers: int,
 ) -> SpectralBank:
     """Emit what all sites share, once a run: the batch's rows of the bank, places in flat arrays, checks, lengths.
 
@@ -93,7 +94,7 @@ def prepare(
         like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
         shapes: (out, in) of every site.
         groups: sizes of the groups, whose sites follow one another.
-        by_row: the graph reads single tokens, `RowPlaces` are wanted.
+        layers: with a cache, of a graph that reads single tokens; 0: it does not.
     """
     # of the places, not of the values: ORT's Size knows no float16 on the CPU and would cast the whole bank, every run
     gate = emitter.op("Greater", emitter.op("Size", inputs["cols"]), emitter.const(0, INT64))
@@ -116,19 +117,20 @@ def prepare(
     assert lead is not None
     sites, firsts = len(shapes), np.cumsum([0, *groups[:-1]]).tolist()
     places: RowPlaces | Places
-    if by_row:
+    if layers:
         forms = _windows_of_forms(then, axis, windows, n, outs, groups)
-        values, cols = (then.op("Reshape", array, then.ints(0, -1)) for array in (values, cols))
-        results = [(counted, _none(INT64, 1)), (values, _none(FLOAT, sites)), (cols, _none(INT32, sites))]
-        results += [(whole, _none(INT32, sum(lengths.values()))) for whole, lengths in forms.values()]
-        counted, *cut, number = _behind(emitter, gate, then, [*results, (number, _none(INT32, 1, 1))])
+        results = [(counted, _none(INT64, 1)), (values, _none(FLOAT, sites, 1)), (cols, _none(INT32, sites, 1))]
+        results += [(whole, _none(INT32, sum(lengths.values()), 1)) for whole, lengths in forms.values()]
+        counted, *arrays, number = _behind(emitter, gate, then, [*results, (number, _none(INT32, 1, 1))])
+        # out here they are flattened where they lie; a branch would copy them
+        flat = [emitter.op("Flatten", array, axis=1) for array in arrays]
         single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
         width = emitter.op("Add", emitter.op("Shape", inputs["cols"], start=2, end=3), emitter.const([1], INT64))
         parts = emitter.op("Mul", emitter.ints(*groups), width)
         of_forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
-        for array, (one, (_, lengths)) in zip(cut[2:], forms.items(), strict=True):
+        for array, (one, (_, lengths)) in zip(flat[2:], forms.items(), strict=True):
             of_forms |= _cut(emitter, array, emitter.ints(*lengths.values()), [(start, one) for start in lengths])
-        of_values, of_cols = (_cut(emitter, array, parts, firsts) for array in cut[:2])
+        of_values, of_cols = (_cut(emitter, array, parts, firsts) for array in flat[:2])
         places = RowPlaces(emitter.op("And", gate, single), of_values, of_cols, of_forms, number)
     else:
         members = sites_by_width(outs)
@@ -146,7 +148,7 @@ def prepare(
             of_sites |= _cut(emitter, array, emitter.ints(*[1] * len(members[out])), members[out])
         of_values, of_cols = (_cut(emitter, array, emitter.ints(*groups), firsts) for array in cut[:2])
         places = Places(of_values, of_cols, of_sites)
-    return SpectralBank(axis, gate, counted, lead, places)
+    return SpectralBank(axis, gate, counted, lead, places, gate_first=len(groups) <= layers)
 
 
 def form(axis: str, out: int) -> tuple[int, int]:
@@ -261,7 +263,7 @@ def _windows_of_forms(
     outs: Sequence[int],
     groups: Sequence[int],
 ) -> dict[tuple[int, int], tuple[ir.Value, dict[int, int]]]:
-    """``windows`` by out as `RowPlaces` has them, by form: those of all groups, and how long each one's part is.
+    """``windows`` by out, by form: of all groups [batch, Σ blocks, width+1], and how long each one's part is then.
 
     Put in the groups' order a whole block of places at a time, all of a form at once: a run of the graph does nothing
     for a single group but cut its part off. Groups go by their first site.
@@ -288,7 +290,7 @@ def _windows_of_forms(
         lengths: dict[int, int] = {}
         for site, mine in blocks.items():
             lengths[starts[site]] = lengths.get(starts[site], 0) + len(mine) * (one[1] + 1)
-        found[one] = (emitter.op("Reshape", whole, emitter.ints(0, -1)), dict(sorted(lengths.items())))
+        found[one] = (whole, dict(sorted(lengths.items())))
     return found
 
 
