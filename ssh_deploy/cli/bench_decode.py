@@ -9,7 +9,7 @@ import click
 
 from ssh_deploy.cli.output import json_option, run_bench
 
-_QUICK: dict[str, Any] = {"shape": "pico", "seconds": 0.2, "sessions": 1, "context": 4, "prompt": 8}
+_QUICK: dict[str, Any] = {"shape": "pico", "seconds": 0.2, "sessions": 1, "openings": 1, "context": 4, "prompt": 8}
 
 
 @click.command("decode")
@@ -19,6 +19,7 @@ _QUICK: dict[str, Any] = {"shape": "pico", "seconds": 0.2, "sessions": 1, "conte
 @click.option("--only", "parts", multiple=True, help="decode, mixed, prefill, speedup, lora, peft, memory; repeatable.")
 @click.option("--seconds", type=click.FloatRange(0.1), help="Most time for each group of variants; default 120.")
 @click.option("--sessions", type=click.IntRange(1), help="Of base and of ours that take turns; default 2.")
+@click.option("--openings", type=click.IntRange(1), help="Times at least that they are opened; default 3.")
 @click.option("--threads", type=click.IntRange(1), help="Of one operator; default all cores.")
 @click.option("--work", type=click.Path(file_okay=False), help="Folder to keep exports and adapter files in (4 GB).")
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file to write after each part.")

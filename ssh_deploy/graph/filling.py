@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -60,7 +61,7 @@ class Filler:
     def fill(self, groups: Sequence[Sequence[Call]]) -> None:
         """Add the contributions of all banks to the results of all calls."""
         done: Sequence[Call] | None = None
-        for group, following in zip(groups, [*groups[1:], []], strict=True):
+        for group, following in pairwise([*groups, []]):
             for bank in self.banks[:-1]:
                 self._add(bank, group, [Tail((_current(call),)) for call in group])
             if self.banks and group is not done:

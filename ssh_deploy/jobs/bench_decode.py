@@ -1,8 +1,9 @@
 """`bench decode`: what adapters cost a language model that answers token by token, beside LoRA and PEFT in torch.
 
 Everything runs through `Deployment.generator`, requests with names, the base too (the plain export, without slots);
-one step is timed, of rows that were filled anew right before and brought to the same length. Sessions take turns and
-a variant runs untimed before it is timed, as in `bench_bank`. Answers are checked before anything is timed.
+one step is timed, of rows that were filled anew right before and brought to the same length. Sessions take turns, are
+opened anew (`decode_rows`), and a variant runs untimed before it is timed, as in `bench_bank`. Answers are checked
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -10,32 +11,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ssh_deploy.errors import DependencyError, DeploymentError, UnknownNameError, VerificationError, near_misses
+from ssh_deploy.errors import DependencyError, DeploymentError, UnknownNameError, near_misses
 from ssh_deploy.jobs.benching import Bench, describe_machine
+from ssh_deploy.jobs.decode_rows import ROUNDS, Openings, Rows, check_rows
 from ssh_deploy.jobs.decoder_models import PRECISIONS, RANK, Decoders, find_decoders
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.timing import Timed, Variant, interleaved
 from ssh_deploy.jobs.torch_decoding import TorchDecoder
 from ssh_deploy.runtimes.deployment import Deployment
-from ssh_deploy.runtimes.generator import Generator
 
 PARTS = ("decode", "mixed", "prefill", "speedup", "lora", "peft", "memory")
 COLUMNS = ("precision", "variant", "rows", "tokens", "ms", "tokens_per_s", "ratio", "low", "high", "rounds", "peak_mb")
-_SPIN = 0.1  # seconds: onnxruntime's threads wait for work in a loop, and take a core from whoever comes next
-_ENDLESS = 1 << 20
-_APART = 1e-3  # of the largest logit
-#: Of the largest logit: how far a row of a mixed batch may be from the same row alone. Quantised products of one row
-#: and of eight go through other kernels.
-_CLOSE = {"f32": 1e-4, "int8": 5e-2, "int4": 5e-2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +44,7 @@ class DecodeOptions:
         prompt: tokens of the prompt that is timed.
         seconds: most time for each group of variants.
         sessions: of the base and of ours that take turns.
+        openings: times at least that they are opened, for one row or a batch of a precision.
         threads: of one operator; None: all cores.
     """
 
@@ -62,6 +56,7 @@ class DecodeOptions:
     prompt: int = 64
     seconds: float = 120.0
     sessions: int = 2
+    openings: int = 3
     threads: int | None = None
 
     def check(self) -> None:
@@ -107,57 +102,6 @@ def measure_decode(
 
 
 @dataclass(slots=True)
-class _Rows:
-    """Rows of a batch on some deployments that take turns: filled, brought to a length, stepped."""
-
-    deployments: Sequence[Deployment]
-    adapters: Sequence[str | None]
-    tokens: int
-    stride: int = 1
-    _generator: Generator | None = field(default=None, init=False)
-
-    def fill(self, i: int) -> None:
-        """Requests in line, none running yet; round ``i`` is the turn of one of the deployments."""
-        if self._generator is not None:
-            self._generator.close()
-        turns = len(self.deployments)
-        deployment = self.deployments[(i + (i // turns) * (self.stride - 1)) % turns]
-        self._generator = deployment.generator(rows=len(self.adapters))
-        for row, name in enumerate(self.adapters):
-            prompt = [(7 + 3 * k + row) % 256 for k in range(self.tokens)]
-            self._generator.submit(prompt, name, max_new_tokens=_ENDLESS, ignore_eos=True)
-
-    def step(self, i: int) -> None:
-        """One token of every row, or their prompts when they were only filled."""
-        if self._generator is None:
-            self.fill(i)
-        assert self._generator is not None
-        self._generator.step()
-
-    def ready_to_decode(self, i: int) -> None:
-        """Filled, prompts read, and stepped until other sessions' threads have stopped."""
-        until = time.perf_counter() + _SPIN
-        self.fill(i)
-        self.step(i)
-        self.step(i)
-        while time.perf_counter() < until:
-            self.step(i)
-
-    def ready_to_read(self, i: int) -> None:
-        """Prompts read until other sessions' threads have stopped, then filled again."""
-        until = time.perf_counter() + _SPIN
-        self.ready_once(i)
-        while time.perf_counter() < until:
-            self.ready_once(i)
-        self.fill(i)
-
-    def ready_once(self, i: int) -> None:
-        """Filled, prompts read."""
-        self.fill(i)
-        self.step(i)
-
-
-@dataclass(slots=True)
 class _Run:
     """The parts of the bench."""
 
@@ -187,26 +131,26 @@ class _Run:
 
     def speedup(self, precision: str) -> None:
         """A batch of many adapters against one row of one adapter."""
-        with ExitStack() as stack:
-            ours = self._open(stack, precision, "qv", self.options.sessions)
-            names = _names(self.options.rows)
-            rows = {"one": _Rows(ours, names[:1], self.options.context), "together": self._rows(ours, names)}
-            self._time(precision, rows, base="one", tokens=self.options.context)
+        names, tokens = _names(self.options.rows), self.options.context
+        with self._openings(precision) as openings:
+            rows = {"one": openings.run("qv", names[:1], tokens), "together": openings.run("qv", names, tokens)}
+            self._time(precision, rows, openings, base="one", tokens=tokens)
 
     def peft(self, precision: str) -> None:
         """PEFT's LoRA in torch, one row, one token, against ours with an adapter on."""
-        with ExitStack() as stack:
-            ours = self._rows(self._open(stack, precision, "qv", self.options.sessions), _names(1))
+        tokens = self.options.context
+        with self._openings(precision) as openings:
+            ours = openings.run("qv", _names(1), tokens)
             try:
-                torch = TorchDecoder(self.models.checkpoint, tokens=self.options.context, threads=self.options.threads)
+                torch = TorchDecoder(self.models.checkpoint, tokens=tokens, threads=self.options.threads)
             except DependencyError as error:
                 self.bench.notes.append(f"no peft: {error.what}")
                 return
             variants: dict[str, Variant] = {"onnx": ours.step, "peft": torch.step}
             before: dict[str, Variant] = {"onnx": ours.ready_to_decode, "peft": torch.ready}
-            timed = self._interleave(precision, variants, before, base="onnx")
+            timed = self._interleave(precision, variants, before, openings, base="onnx")
             for name, one in timed.items():
-                self._add(precision, name, one, rows=1, tokens=self.options.context, made=1)
+                self._add(precision, name, one, rows=1, tokens=tokens, made=1)
 
     def memory(self, precision: str) -> None:
         """Most memory of a process that opens, loads and generates: the base, and as many adapters as rows."""
@@ -229,90 +173,78 @@ class _Run:
     ) -> None:
         """Time variants, each on the exports of its form; those named ``on…`` with an adapter for each row."""
         tokens = tokens or self.options.context
-        with ExitStack() as stack:
-            opened = {
-                form: self._open(stack, precision, form, self.options.sessions)
-                for form in dict.fromkeys(forms.values())
-            }
+        with self._openings(precision) as openings:
             made = {
-                name: self._rows(
-                    opened[form], _names(rows) if name.startswith("on") else [None] * rows, tokens,
+                name: openings.run(
+                    form,
+                    _names(rows) if name.startswith("on") else [None] * rows,
+                    tokens,
                     stride=1 if form == "plain" else 2,
                 )
                 for name, form in forms.items()
-            }  # fmt: skip
+            }
             check_rows(made["base"].deployments[0], made, precision)
-            self._time(precision, made, base="base", tokens=tokens, reading=reading)
+            self._time(precision, made, openings, base="base", tokens=tokens, reading=reading)
 
-    def _open(self, stack: ExitStack, precision: str, form: str, sessions: int) -> list[Deployment]:
-        opened = []
-        for _ in range(sessions):
-            folder = self.models.folder(form, precision)
-            # rank is of LoRA, coefficients of spectra: each form has one of the two
-            deployment = stack.enter_context(
-                Deployment.open(folder, threads=self.options.threads, max_coefficients=750, max_rank=RANK)
-            )
-            if form != "plain":
-                for name, path in zip(
-                    _names(self.options.rows), self.models.adapters(form, precision, self.options.rows), strict=True
-                ):
-                    deployment.load(name, path)
-            opened.append(deployment)
-        return opened
+    def _openings(self, precision: str) -> Openings:
+        return Openings(lambda stack, form: self._open(stack, precision, form), self.options.sessions)
 
-    def _rows(
-        self, deployments: Sequence[Deployment], names: Sequence[str | None], tokens: int | None = None, stride: int = 1
-    ) -> _Rows:
-        return _Rows(deployments, names, tokens or self.options.context, stride)
+    def _open(self, stack: ExitStack, precision: str, form: str) -> Deployment:
+        # rank is of LoRA, coefficients of spectra: each form has one of the two
+        options: dict[str, Any] = {"threads": self.options.threads, "max_coefficients": 750, "max_rank": RANK}
+        deployment = stack.enter_context(Deployment.open(self.models.folder(form, precision), **options))
+        if form != "plain":
+            paths = self.models.adapters(form, precision, self.options.rows)
+            for name, path in zip(_names(self.options.rows), paths, strict=True):
+                deployment.load(name, path)
+        return deployment
 
     def _time(
-        self, precision: str, rows: Mapping[str, _Rows], *, base: str, tokens: int, reading: bool = False
+        self,
+        precision: str,
+        rows: Mapping[str, Rows],
+        openings: Openings,
+        *,
+        base: str,
+        tokens: int,
+        reading: bool = False,
     ) -> None:
         variants: dict[str, Variant] = {name: one.step for name, one in rows.items()}
         before: dict[str, Variant] = {
             name: one.ready_to_read if reading else one.ready_to_decode for name, one in rows.items()
         }
-        for name, timed in self._interleave(precision, variants, before, base=base).items():
+        for name, timed in self._interleave(precision, variants, before, openings, base=base).items():
             count = len(rows[name].adapters)
             made = count * (tokens if reading else 1)
             self._add(precision, f"read_{name}" if reading else name, timed, rows=count, tokens=tokens, made=made)
 
     def _interleave(
-        self, precision: str, variants: Mapping[str, Variant], before: Mapping[str, Variant], *, base: str
+        self,
+        precision: str,
+        variants: Mapping[str, Variant],
+        before: Mapping[str, Variant],
+        openings: Openings,
+        *,
+        base: str,
     ) -> dict[str, Timed]:
-        stage = f"{precision} {', '.join(variants)}"
-        seconds, progress = self.options.seconds, self.progress
-        return interleaved(variants, base=base, seconds=seconds, progress=progress, stage=stage, before=before)
+        def ready(name: str, i: int) -> None:
+            openings.renew(i)
+            before[name](i)
+
+        return interleaved(
+            variants,
+            base=base,
+            seconds=self.options.seconds,
+            least=ROUNDS * self.options.openings,
+            progress=self.progress,
+            stage=f"{precision} {', '.join(variants)}",
+            before={name: partial(ready, name) for name in before},
+        )
 
     def _add(self, precision: str, variant: str, timed: Timed, *, rows: int, tokens: int, made: int) -> None:
         about = {"precision": precision, "variant": variant, "rows": rows, "tokens": tokens}
         speed = {"tokens_per_s": round(1e3 * made / timed.ms, 2)}
         self.bench.results.append(about | speed | {k: v for k, v in timed.as_dict().items() if k != "name"})
-
-
-def check_rows(plain: Deployment, variants: Mapping[str, _Rows], precision: str) -> None:
-    """No adapter is the plain model bit for bit; every row is what its adapter answers alone, and not the base.
-
-    Raises:
-        VerificationError: which variant is not.
-    """
-    for name, rows in variants.items():
-        deployment, adapters = rows.deployments[0], list(rows.adapters)
-        feeds = _feeds(deployment, len(adapters))
-        want = plain.run(feeds, outputs=["logits"])["logits"]
-        got = deployment.run(feeds, adapters, outputs=["logits"])["logits"]
-        if not any(adapters):
-            if want.tobytes() != got.tobytes():
-                raise VerificationError(f"{name}: no adapter is not the plain model.", hint="Report this graph.")
-            continue
-        scale = float(np.abs(want).max())
-        for row, adapter in enumerate(adapters):
-            own = {key: array[row : row + 1] for key, array in feeds.items()}
-            alone = deployment.run(own, adapter, outputs=["logits"])["logits"][0]
-            if np.abs(alone - got[row]).max() > _CLOSE[precision] * scale:
-                raise VerificationError(f"{name}: row {row} is not what {adapter} answers alone.", hint="Report this.")
-            if np.abs(want[row] - got[row]).max() < _APART * scale:
-                raise VerificationError(f"{name}: row {row} answers as the base.", hint="Report this.")
 
 
 def peak_bytes(folder: Path, adapters: Sequence[Path], *, rows: int, options: DecodeOptions) -> int:
@@ -349,19 +281,6 @@ try:  # what getrusage says on Linux counts the parent's memory before exec, too
 except OSError:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-
-
-def _feeds(deployment: Deployment, rows: int, tokens: int = 6) -> dict[str, Any]:
-    """Prompts of ``rows`` rows and no past, for `Deployment.run`."""
-    decoder = deployment.folder.decoder
-    assert decoder is not None
-    past = np.zeros((rows, decoder.kv_heads, 0, decoder.head_dim), np.float32)
-    every = {
-        "input_ids": np.random.default_rng(0).integers(5, 250, (rows, tokens)),
-        "attention_mask": np.ones((rows, tokens), np.int64),
-        "position_ids": np.tile(np.arange(tokens), (rows, 1)),
-    }
-    return {name: past if name in decoder.past else every[name] for name in deployment.inputs}
 
 
 def _names(count: int) -> list[str]:

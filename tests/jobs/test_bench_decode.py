@@ -10,15 +10,16 @@ from click.testing import CliRunner
 from ssh_deploy import Deployment
 from ssh_deploy.cli.main import main
 from ssh_deploy.errors import DeploymentError, UnknownNameError, VerificationError
-from ssh_deploy.jobs import bench_decode
-from ssh_deploy.jobs.bench_decode import DecodeOptions, check_rows, measure_decode, peak_bytes
+from ssh_deploy.jobs import decode_rows
+from ssh_deploy.jobs.bench_decode import DecodeOptions, measure_decode, peak_bytes
+from ssh_deploy.jobs.decode_rows import ROUNDS, Openings, Rows, check_rows
 from ssh_deploy.jobs.decoder_models import find_decoders
 
 HEADLINES = {
     "on_f32", "on_all7_f32", "off_f32", "mixed8_on_f32", "mixed8_speedup", "prefill_on_f32", "lora16_f32",
     "mixed8_lora16_f32", "rss_ratio", "peft_speedup",
 }  # fmt: skip
-QUICK = DecodeOptions(shape="pico", seconds=0.1, sessions=1, context=4, prompt=8)
+QUICK = DecodeOptions(shape="pico", seconds=0.1, sessions=1, openings=1, context=4, prompt=8)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +82,9 @@ def test_what_is_timed_is_one_token_of_each_row_at_the_same_length(models, monke
         "run_kept",
         lambda self, feeds, *a, **k: shapes.append(feeds["input_ids"].shape) or run(self, feeds, *a, **k),
     )
-    monkeypatch.setattr(bench_decode, "_SPIN", 0.0)
+    monkeypatch.setattr(decode_rows, "_SPIN", 0.0)
     with Deployment.open(models.folder("plain"), threads=1) as deployment:
-        rows = bench_decode._Rows([deployment], [None] * 3, 4)
+        rows = Rows([deployment], [None] * 3, 4)
         rows.ready_to_decode(0)
         assert shapes == [(3, 4), (3, 1)]
         rows.step(0)
@@ -94,28 +95,54 @@ def test_what_is_timed_is_one_token_of_each_row_at_the_same_length(models, monke
         assert shapes[4:] == [(3, 4)]
 
 
-@pytest.mark.slow
-def test_deployments_take_turns_and_meet(models):
-    class Turn:
-        def __init__(self, name, met):
-            self.name, self.met = name, met
+class Turn:
+    """A deployment, and its own generator, that notes when rows begin on it and when it is closed."""
 
-        def generator(self, rows):
-            self.met.append(self.name)
-            return self
+    def __init__(self, name, met):
+        self.name, self.met = name, met
 
-        def submit(self, *_, **__):
-            pass
+    def generator(self, rows):
+        self.met.append(self.name)
+        return self
 
-        def close(self):
-            pass
+    def submit(self, *_, **__):
+        pass
 
+    def close(self):
+        pass
+
+
+def test_deployments_take_turns_and_meet():
     met = {stride: [] for stride in (1, 2)}
     for stride, names in met.items():
-        rows = bench_decode._Rows([Turn(i, names) for i in range(3)], [None], 4, stride)
+        rows = Rows([Turn(i, names) for i in range(3)], [None], 4, stride)
         for i in range(9):
             rows.fill(i)
     assert len(set(zip(met[1], met[2], strict=True))) == 9
+
+
+def test_deployments_are_opened_anew_together_after_some_rounds_and_closed_in_the_end():
+    told, opened = [], []
+
+    def opens(stack, form):
+        opened.append(f"{form}{len(opened)}")
+        stack.callback(told.append, f"closed {opened[-1]}")
+        return Turn(opened[-1], told)
+
+    with Openings(opens, 2) as openings:
+        rows = [openings.run("plain", [None], 4), openings.run("qv", [None], 4), openings.run("qv", ["a"], 4)]
+        assert opened == ["plain0", "plain1", "qv2", "qv3"]
+        for i in range(ROUNDS + 1):
+            for each in rows:
+                openings.renew(i)
+                each.fill(i)
+    names = {name for name in told if not name.startswith("closed")}
+    assert opened[4:] == ["plain4", "plain5", "qv6", "qv7"]
+    assert names == {*opened[:4], "plain4", "qv6"}
+    closed = [i for i, name in enumerate(told) if name.startswith("closed")]
+    last = max(i for i, name in enumerate(told) if name in opened[:4])
+    assert sorted(told[i] for i in closed) == sorted(f"closed {name}" for name in opened)
+    assert closed[:4] == list(range(last + 1, last + 5))  # all of the first, after its last rows and before the next
 
 
 class Wrong:
@@ -147,9 +174,9 @@ def test_wrong_answers_are_never_timed(models, err, said):
         for name, path in zip(names, models.adapters("qv", "f32", 3), strict=True):
             ours.load(name, path)
         rows = {
-            "base": bench_decode._Rows([plain], [None] * 3, 4),
-            "off": bench_decode._Rows([Wrong(ours, err)], [None] * 3, 4),
-            "on": bench_decode._Rows([Wrong(ours, err)], names, 4),
+            "base": Rows([plain], [None] * 3, 4),
+            "off": Rows([Wrong(ours, err)], [None] * 3, 4),
+            "on": Rows([Wrong(ours, err)], names, 4),
         }
         if said == "answers as the base":
             del rows["off"]
@@ -174,7 +201,7 @@ def test_exports_are_made_once_and_a_base_of_ones_own_is_measured(models, work, 
     again.adapters("qv", "f32", 3)
     assert {path: path.stat().st_mtime_ns for path in models.root.rglob("*") if path.is_file()} == before
     told = []
-    options = DecodeOptions(precisions=("f32",), parts=("mixed",), seconds=0.1, sessions=1, context=4)
+    options = DecodeOptions(precisions=("f32",), parts=("mixed",), seconds=0.1, sessions=1, openings=1, context=4)
     bench = measure_decode(work, base=decoder[0], options=options, grown=lambda b: told.append(dict(b.summary)))
     assert set(bench.summary) == {"mixed8_on_f32"}
     assert told == [bench.summary]

@@ -1,0 +1,164 @@
+"""Rows of a batch on deployments that take turns and are opened anew now and then: what `bench decode` times.
+
+Where the weights of a session come to lie in memory moves its times by up to 3 %, as long as it is open. So a figure is
+of several sessions of each model, and every few rounds of others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ssh_deploy.errors import VerificationError
+from ssh_deploy.runtimes.deployment import Deployment
+from ssh_deploy.runtimes.generator import Generator
+
+_SPIN = 0.1  # seconds: onnxruntime's threads wait for work in a loop, and take a core from whoever comes next
+_ENDLESS = 1 << 20
+_APART = 1e-3  # of the largest logit
+#: Of the largest logit: how far a row of a mixed batch may be from the same row alone. Quantised products of one row
+#: and of eight go through other kernels.
+_CLOSE = {"f32": 1e-4, "int8": 5e-2, "int4": 5e-2}
+#: Rounds that sessions are kept open for.
+ROUNDS = 8
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows of a batch on some deployments that take turns: filled, brought to a length, stepped."""
+
+    deployments: Sequence[Deployment]
+    adapters: Sequence[str | None]
+    tokens: int
+    stride: int = 1
+    _generator: Generator | None = field(default=None, init=False)
+
+    def close(self) -> None:
+        """Give the adapters back; the next `fill` starts anew."""
+        if self._generator is not None:
+            self._generator.close()
+        self._generator = None
+
+    def fill(self, i: int) -> None:
+        """Requests in line, none running yet; round ``i`` is the turn of one of the deployments."""
+        self.close()
+        turns = len(self.deployments)
+        deployment = self.deployments[(i + (i // turns) * (self.stride - 1)) % turns]
+        self._generator = deployment.generator(rows=len(self.adapters))
+        for row, name in enumerate(self.adapters):
+            prompt = [(7 + 3 * k + row) % 256 for k in range(self.tokens)]
+            self._generator.submit(prompt, name, max_new_tokens=_ENDLESS, ignore_eos=True)
+
+    def step(self, i: int) -> None:
+        """One token of every row, or their prompts when they were only filled."""
+        if self._generator is None:
+            self.fill(i)
+        assert self._generator is not None
+        self._generator.step()
+
+    def ready_to_decode(self, i: int) -> None:
+        """Filled, prompts read, and stepped until other sessions' threads have stopped."""
+        until = time.perf_counter() + _SPIN
+        self.fill(i)
+        self.step(i)
+        self.step(i)
+        while time.perf_counter() < until:
+            self.step(i)
+
+    def ready_to_read(self, i: int) -> None:
+        """Prompts read until other sessions' threads have stopped, then filled again."""
+        until = time.perf_counter() + _SPIN
+        self.ready_once(i)
+        while time.perf_counter() < until:
+            self.ready_once(i)
+        self.fill(i)
+
+    def ready_once(self, i: int) -> None:
+        """Filled, prompts read."""
+        self.fill(i)
+        self.step(i)
+
+
+@dataclass(slots=True)
+class Openings:
+    """Deployments by form, ``count`` of each, all opened anew after every `ROUNDS` rounds; a context.
+
+    ``opens`` opens one of a form into a stack. ``rows`` are those that run on them.
+    """
+
+    opens: Callable[[ExitStack, str], Deployment]
+    count: int
+    rows: list[Rows] = field(default_factory=list)
+    _opened: dict[str, list[Deployment]] = field(default_factory=dict, init=False)
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
+    _turn: int = field(default=0, init=False)
+
+    def __enter__(self) -> Openings:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def run(self, form: str, adapters: Sequence[str | None], tokens: int, *, stride: int = 1) -> Rows:
+        """Rows on the deployments of ``form``, as `Rows`."""
+        if form not in self._opened:
+            self._opened[form] = [self.opens(self._stack, form) for _ in range(self.count)]
+        self.rows.append(Rows(self._opened[form], adapters, tokens, stride))
+        return self.rows[-1]
+
+    def renew(self, i: int) -> None:
+        """Open all anew when round ``i`` is the first of its `ROUNDS`."""
+        if i // ROUNDS == self._turn:
+            return
+        self._turn = i // ROUNDS
+        self._close()
+        for form, deployments in self._opened.items():
+            deployments[:] = [self.opens(self._stack, form) for _ in deployments]
+
+    def _close(self) -> None:
+        for one in self.rows:
+            one.close()
+        self._stack.close()
+
+
+def check_rows(plain: Deployment, variants: Mapping[str, Rows], precision: str) -> None:
+    """No adapter is the plain model bit for bit; every row is what its adapter answers alone, and not the base.
+
+    Raises:
+        VerificationError: which variant is not.
+    """
+    for name, rows in variants.items():
+        deployment, adapters = rows.deployments[0], list(rows.adapters)
+        feeds = _feeds(deployment, len(adapters))
+        want = plain.run(feeds, outputs=["logits"])["logits"]
+        got = deployment.run(feeds, adapters, outputs=["logits"])["logits"]
+        if not any(adapters):
+            if want.tobytes() != got.tobytes():
+                raise VerificationError(f"{name}: no adapter is not the plain model.", hint="Report this graph.")
+            continue
+        scale = float(np.abs(want).max())
+        for row, adapter in enumerate(adapters):
+            own = {key: array[row : row + 1] for key, array in feeds.items()}
+            alone = deployment.run(own, adapter, outputs=["logits"])["logits"][0]
+            if np.abs(alone - got[row]).max() > _CLOSE[precision] * scale:
+                raise VerificationError(f"{name}: row {row} is not what {adapter} answers alone.", hint="Report this.")
+            if np.abs(want[row] - got[row]).max() < _APART * scale:
+                raise VerificationError(f"{name}: row {row} answers as the base.", hint="Report this.")
+
+
+def _feeds(deployment: Deployment, rows: int, tokens: int = 6) -> dict[str, Any]:
+    """Prompts of ``rows`` rows and no past, for `Deployment.run`."""
+    decoder = deployment.folder.decoder
+    assert decoder is not None
+    past = np.zeros((rows, decoder.kv_heads, 0, decoder.head_dim), np.float32)
+    every = {
+        "input_ids": np.random.default_rng(0).integers(5, 250, (rows, tokens)),
+        "attention_mask": np.ones((rows, tokens), np.int64),
+        "position_ids": np.tile(np.arange(tokens), (rows, 1)),
+    }
+    return {name: past if name in decoder.past else every[name] for name in deployment.inputs}
