@@ -25,6 +25,7 @@ from ssh_deploy.adapters.base import Adapter
 from ssh_deploy.checkpoints.index import Checkpoint
 from ssh_deploy.errors import GraphError, UnknownNameError
 from ssh_deploy.graph.kv_cache import PAST, CacheShape, cache_shape, cache_tensors, decoder_inputs, make_cache
+from ssh_deploy.graph.slices import split_where_sliced
 
 #: Auto class of each task; adapter files call the last one ``causal-lm``.
 CLASSES = {
@@ -266,6 +267,7 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
     graph: ir.Model = program.model
     for node in graph.graph.all_nodes():
         node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # names files of this machine
+    split_where_sliced(graph.graph)
     return graph
 
 

@@ -1,7 +1,8 @@
 """Rows of a batch on deployments that take turns and are opened anew now and then: what `bench decode` times.
 
-Where the weights of a session come to lie in memory moves its times by up to 3 %, as long as it is open. So a figure is
-of several sessions of each model, and every few rounds of others.
+Where the weights of a session come to lie in memory moves its times by up to 3 %, as long as it is open, and who was
+opened first is the slower. So a figure is of several sessions of each model, after some rounds of others, opened in
+another order and warm.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _APART = 1e-3  # of the largest logit
 #: and of eight go through other kernels.
 _CLOSE = {"f32": 1e-4, "int8": 5e-2, "int4": 5e-2}
 #: Rounds that sessions are kept open for.
-ROUNDS = 8
+ROUNDS = 16
 
 
 @dataclass(slots=True)
@@ -96,7 +97,7 @@ class Openings:
     rows: list[Rows] = field(default_factory=list)
     _opened: dict[str, list[Deployment]] = field(default_factory=dict, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
-    _turn: int = field(default=0, init=False)
+    _turn: int | None = field(default=None, init=False)
 
     def __enter__(self) -> Openings:
         return self
@@ -111,14 +112,18 @@ class Openings:
         self.rows.append(Rows(self._opened[form], adapters, tokens, stride))
         return self.rows[-1]
 
-    def renew(self, i: int) -> None:
-        """Open all anew when round ``i`` is the first of its `ROUNDS`."""
-        if i // ROUNDS == self._turn:
-            return
-        self._turn = i // ROUNDS
-        self._close()
-        for form, deployments in self._opened.items():
-            deployments[:] = [self.opens(self._stack, form) for _ in deployments]
+    def renew(self, i: int) -> bool:
+        """Whether round ``i`` is the first of its `ROUNDS`; all but the first time, everything was opened anew then."""
+        before, self._turn = self._turn, i // ROUNDS
+        if self._turn == before:
+            return False
+        if before is not None:
+            self._close()
+            places = [(form, k) for form, deployments in self._opened.items() for k in range(len(deployments))]
+            np.random.default_rng(i).shuffle(places)
+            for form, k in places:
+                self._opened[form][int(k)] = self.opens(self._stack, form)
+        return True
 
     def _close(self) -> None:
         for one in self.rows:

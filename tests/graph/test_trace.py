@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from decoder_folders import pico_decoder
 from exported_folders import make_adapter
 from onnxscript import rewriter
 
@@ -79,6 +80,14 @@ def test_graph_holds_no_path_of_this_machine(pico):
     calls = by_module(find_calls(traced.graph.graph))
     assert calls["encoder.layer.0.attention.self.query"][0].tokens
     assert traced.hidden == 48
+
+
+def test_halves_for_rotary_positions_are_one_node_each(tmp_path):
+    """Behind an If of slots ORT would leave them two Slices each."""
+    traced = trace_model(load_torch(open_checkpoint(pico_decoder(tmp_path)), "text-generation"))
+    halved = [node for node in traced.graph.graph if node.op_type == "Split"]
+    assert len(halved) == 2 * 2  # query and key of two layers
+    assert {node.inputs[0].producer().op_type for node in halved} == {"Transpose"}
 
 
 @pytest.mark.parametrize("fails", [False, True])
