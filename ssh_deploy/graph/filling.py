@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -26,7 +27,6 @@ import onnx_ir as ir
 
 from ssh_deploy.graph.emitter import Constants, Emitter
 from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral, spectral_bank
-from ssh_deploy.graph.lowrank_rows import site_places
 from ssh_deploy.graph.sites import Call
 from ssh_deploy.graph.tails import Tail, rename_output, replace_tail, tails_of
 
@@ -47,7 +47,7 @@ class _Follower:
 class Filler:
     """Adds what ``banks`` contribute to ``graph``, group by group in its order.
 
-    ``table``: row of each module among the sites, ``shapes``: (out, in) by row; ``order``: of the nodes that were
+    ``table``: row of each module among the sites; ``places``: see `site_places`; ``order``: of the nodes that were
     traced, by id.
     """
 
@@ -55,7 +55,7 @@ class Filler:
     constants: Constants
     banks: Sequence[Bank]
     table: Mapping[str, int]
-    shapes: Sequence[tuple[int, int]]
+    places: Mapping[str, tuple[int, int]]
     order: Mapping[int, int]
 
     def fill(self, groups: Sequence[Sequence[Call]]) -> None:
@@ -65,7 +65,7 @@ class Filler:
             for bank in self.banks[:-1]:
                 self._add(bank, group, [Tail((_current(call),)) for call in group])
             if self.banks and group is not done:
-                tails = tails_of([_current(call) for call in group], lambda value: self._is_before(group, value))  # noqa: B023
+                tails = tails_of([_current(call) for call in group], partial(self._is_before, group))
                 follower = self._follower(group, tails, following)
                 done = following if follower else None
                 self._add(self.banks[-1], group, tails, follower)
@@ -130,7 +130,7 @@ class Filler:
         elif isinstance(bank, sided.SidedBank):
             terms = sided.answered(emitter, bank, group, [*calls])
         else:
-            terms = lowrank.contribution(emitter, bank, group, site_places(self.table, self.shapes))
+            terms = lowrank.contribution(emitter, bank, group, self.places)
         of_product = dict(zip(calls, terms, strict=True))
         found = [tail.joined(emitter, of_product) for tail in tails]
         if follower:

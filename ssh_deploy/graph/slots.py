@@ -95,7 +95,8 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
     ]
     if "lowrank" in plan.kinds and table:
         banks.append(_lowrank_bank(graph, first, plan, batch, shapes))
-    banks += _structured_banks(graph, first, plan, batch, shapes, table)
+    places = site_places(table, shapes)
+    banks += _structured_banks(graph, first, plan, batch, shapes, places)
     head_calls = sorted((calls[name][0] for name in plan.heads), key=lambda call: order[id(call.nodes[0])])
     if any(len(calls[name]) > 1 for name in plan.heads):
         raise SlotError("A head module is called more than once.", hint="Use --mode merged.")
@@ -105,7 +106,7 @@ def add_slots(model: ir.Model, plan: Plan) -> Slotted:
         ids = _batch_ids(graph, first, "adapter_head_ids", "head_requests", batch, plan)
         head_bank = heads.prepare(first, head_inputs, ids)
     graph.insert_before(graph[0], first.nodes)
-    Filler(graph, constants, banks, table, shapes, order).fill(groups)
+    Filler(graph, constants, banks, table, places, order).fill(groups)
     for call in wanted:
         for bank in banks:
             if isinstance(bank, sided.SidedBank):
@@ -206,17 +207,17 @@ def _structured_banks(
     plan: Plan,
     batch: ir.Value,
     shapes: Sequence[tuple[int, int]],
-    table: Mapping[str, int],
+    sites: Mapping[str, tuple[int, int]],
 ) -> list[sparse.SparseBank | sided.SidedBank]:
     declare = partial(_input, graph, plan=plan)
     ids = partial(_batch_ids, graph, emitter, batch=batch, plan=plan)
     banks: list[sparse.SparseBank | sided.SidedBank] = []
-    if "sparse" in plan.kinds and table:
+    if "sparse" in plan.kinds and sites:
         values = ir.DataType.FLOAT16 if plan.adapter_dtype == "float16" else ir.DataType.FLOAT
         places = ir.DataType.from_numpy(place_dtype(shapes))
         banks.append(sparse_bank(emitter, declare, ids, shapes, values=values, places=places))
-    kinds = [kind for kind in SIDED if kind in plan.kinds and table]
-    return banks + [sided_bank(emitter, kind, declare, ids, shapes, site_places(table, shapes)) for kind in kinds]
+    kinds = [kind for kind in SIDED if kind in plan.kinds and sites]
+    return banks + [sided_bank(emitter, kind, declare, ids, shapes, sites) for kind in kinds]
 
 
 def place_dtype(shapes: Sequence[tuple[int, int]]) -> np.dtype[np.uint16] | np.dtype[np.int32]:

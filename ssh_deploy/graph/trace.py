@@ -275,8 +275,8 @@ def _export(model: Any, example: dict[str, Any], outputs: Sequence[str], opset: 
 def _rules_of_one_node() -> Iterator[None]:
     """The exporter's optimiser without rules for several nodes at once, of which it tries all in every place.
 
-    In onnxscript 0.7 that is one, two Slices of a whole become a Split, and half the time of a decoder's export. Where
-    another version keeps its rules elsewhere, all of them stay.
+    In onnxscript 0.7 that is one, two Slices of a whole become a Split (`slices` does it in one pass), and half of what
+    a decoder's export takes. Where another version keeps its rules elsewhere, all of them stay.
     """
     rewriter: Any = importlib.import_module("onnxscript.rewriter")
     rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", ())
