@@ -39,7 +39,7 @@ def make_folder(folder, *, base_labels=0, dtype=np.float16, required=False, task
         stages = {n: axis.two_stage(n) for shape in SITES.values() for n in shape}
         orders[name] = {str(n): [s.p, s.q] for n, s in stages.items()}
     fields = {
-        "contract": 3,
+        "contract": 4,
         "base": "tiny",
         "fingerprint": "0" * 64,
         "architecture": "bert",

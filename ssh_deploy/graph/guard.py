@@ -19,7 +19,7 @@ import onnx_ir as ir
 from ssh_deploy.errors import GraphError
 
 #: Version of the contract of exported graphs.
-CONTRACT = 3
+CONTRACT = 4
 GUARD = "adapter_guard"
 #: Order of a site's coefficients, part of what the guard covers (`lowering.spectral`).
 COEFFICIENT_ORDER = "compressed by rows"

@@ -1,11 +1,15 @@
 """Sparse spectra as the optional inputs of a graph: values, columns, and where each row begins.
 
-By prefix of the kind: ``values`` [sites, n] as in the adapter's own file (f16 or f32), ``cols`` [sites, n] (u16, or i32
-beside a side above 65,536), ``scales`` f32 [sites] (α, the orthonormal transforms' share, the factor of a joint
-spectrum's expansion), and by out ``row_pointers.<out>`` u16 [sites of that out, out+1]. Together they are a matrix
-compressed by rows (CSR) a site: row u has the coefficients from pointer u to pointer u+1, and the last pointer is how
-many there are. Places are renumbered to the order in which the graph's transforms put their outputs. What is narrower
-than its bank is padded with zeros at the end. `lowering.spectral` says why rows are compressed.
+By prefix of the kind: ``values`` [sites, n+1] as in the adapter's own file (f16 or f32), ``cols`` [sites, n+1] (u16, or
+i32 beside a side above 65,536), ``scales`` f32 [sites] (α, the orthonormal transforms' share, the factor of a joint
+spectrum's expansion), and ``row_pointers.<width>`` u16 [blocks, width+1]. Together they are a matrix compressed by rows
+(CSR) a site: row u has the coefficients from pointer u to pointer u+1, and the last pointer is how many there are.
+`lowering.spectral` says why rows are compressed. Places are renumbered to the order in which the graph's transforms put
+their outputs. What is narrower than its bank is padded with zeros at the end.
+
+All is stored as a run of the graph reads it, which then has nothing to rearrange: a zero after the last coefficient,
+for there is a prefix sum more than there are coefficients; and the pointers in blocks of the way back
+(`lowering.stages`), each with the pointer at which the next begins, of all sites whose blocks are of one width.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from ssh_deploy.transforms import get_transform
 Arrays = dict[str, NDArray[Any]]
 #: kinds that are spectra (names of their axis kernels), and how their inputs begin
 AXES = {"hartley": "adapter_", "cosine": "adapter_cosine_"}
-#: Name, after the prefix, of the row pointers of the sites of one out.
+#: Name, after the prefix, of the row pointers of the sites with blocks of one width.
 ROW_POINTERS = "row_pointers."
 #: Coefficients of one matrix that pointers of 16 bits can count.
 MOST = (1 << 16) - 1
@@ -48,7 +52,7 @@ def spectrum_rows(
     values: np.dtype[Any],
     places: np.dtype[Any],
 ) -> Arrays:
-    """One row of the bank of ``kind`` by input name, as wide as the most coefficients.
+    """One row of the bank of ``kind`` by input name, as wide as the most coefficients and `spare`.
 
     Args:
         where: names the adapter in the message.
@@ -63,29 +67,27 @@ def spectrum_rows(
     """
     prefix = AXES[kind]
     made = [(stack, *_ordered(stack, kind)) for stack in stacked(deltas)]
-    shape = (len(sites), max(found.shape[1] for _, found, *_ in made))
-    if shape[1] > MOST:
+    most = max(found.shape[1] for _, found, *_ in made)
+    if most > MOST:
         raise AdapterMismatchError(
-            f"{where}: {shape[1]:,} coefficients in one matrix, a slot takes {MOST:,}.",
+            f"{where}: {most:,} coefficients in one matrix, a slot takes {MOST:,}.",
             hint="So many weigh more than a LoRA: merge it, or `ssh-deploy convert --to lora`.",
         )
+    shape = (len(sites), most + spare(kind))
     rows: Arrays = {
         f"{prefix}values": np.zeros(shape, values),
         f"{prefix}cols": np.zeros(shape, places),
         f"{prefix}scales": np.zeros(shape[0], np.float32),
     }
-    pointers: dict[int, NDArray[np.uint16]] = {}
-    place: dict[int, int] = {}
-    for out, members in sites_by_width([n_out for *_, n_out in sites]).items():
-        pointers[out] = rows[f"{prefix}{ROW_POINTERS}{out}"] = np.zeros((len(members), out + 1), np.uint16)
-        place |= {site: i for i, site in enumerate(members)}
+    outs = tuple(n_out for *_, n_out in sites)
+    rows |= no_pointers(kind, outs)
     for stack, found, starts, cols, factor in made:
         own, n = list(stack.keys), found.shape[1]
         with np.errstate(over="ignore"):  # what overflows is refused as infinite
             rows[f"{prefix}values"][own, :n] = found
         rows[f"{prefix}cols"][own, :n] = cols
         rows[f"{prefix}scales"][own] = [deltas[site].gain * factor for site in own]
-        pointers[stack.shape[0]][[place[site] for site in own]] = starts
+        _put_pointers(rows, kind, outs, own, starts)
     if not finite(rows[f"{prefix}values"]):
         largest = max(float(np.abs(found.astype(np.float64)).max(initial=0)) for _, found, *_ in made)
         raise AdapterMismatchError(
@@ -93,6 +95,11 @@ def spectrum_rows(
             hint="Export the base with --adapter-dtype float32.",
         )
     return rows
+
+
+def spare(kind: str) -> int:
+    """Columns of values and places beyond the coefficients, in a bank of ``kind``, which may be no spectrum."""
+    return 1 if kind in AXES else 0
 
 
 def row_pointers(rows: NDArray[np.integer[Any]], out: int) -> NDArray[np.int64]:
@@ -105,26 +112,90 @@ def row_pointers(rows: NDArray[np.integer[Any]], out: int) -> NDArray[np.int64]:
     return pointers
 
 
-def rows_of(arrays: Mapping[str, NDArray[Any]], prefix: str, outs: Sequence[int]) -> NDArray[np.int64]:
-    """Row of every coefficient [sites, n], 0 in the padding, of one adapter's ``arrays``; ``outs`` of every site."""
-    n = arrays[f"{prefix}cols"].shape[1]
-    rows = np.zeros((len(outs), n), np.int64)
-    for out, members in sites_by_width(outs).items():
-        pointers = arrays[f"{prefix}{ROW_POINTERS}{out}"].astype(np.int64)
-        own = np.repeat(np.tile(np.arange(out), len(members)), np.diff(pointers).reshape(-1))
-        part = np.zeros((len(members), n), np.int64)
-        part[np.arange(n) < pointers[:, -1:]] = own
-        rows[members] = part
+def rows_of(arrays: Mapping[str, NDArray[Any]], kind: str, outs: Sequence[int]) -> NDArray[np.int64]:
+    """Row of every column [sites, n+1], 0 in the padding, of one adapter's ``arrays``; ``outs`` of every site."""
+    rows = np.zeros((len(outs), arrays[f"{AXES[kind]}cols"].shape[1]), np.int64)
+    for site, pointers in enumerate(pointers_by_site(arrays, kind, outs)):
+        counts = (pointers[:, 1:] - pointers[:, :-1]).reshape(-1)
+        rows[site, : counts.sum()] = np.repeat(np.arange(outs[site]), counts)
     return rows
 
 
-def pointers_of(rows: NDArray[np.int64], counts: NDArray[np.int64], prefix: str, outs: Sequence[int]) -> Arrays:
+def pointers_of(rows: NDArray[np.int64], counts: NDArray[np.int64], kind: str, outs: Sequence[int]) -> Arrays:
     """Row pointers by input name of ascending ``rows`` [sites, n], of which each site's first ``counts`` count."""
-    arrays = {}
+    arrays = no_pointers(kind, outs)
     for out, members in sites_by_width(outs).items():
         beyond = np.where(np.arange(rows.shape[1]) < counts[members, None], rows[members], out)
-        arrays[f"{prefix}{ROW_POINTERS}{out}"] = row_pointers(beyond, out + 1)[:, :-1].astype(np.uint16)
+        _put_pointers(arrays, kind, outs, members, row_pointers(beyond, out + 1)[:, :-1])
     return arrays
+
+
+def pointers_by_site(arrays: Mapping[str, NDArray[Any]], kind: str, outs: Sequence[int]) -> list[NDArray[np.uint16]]:
+    """Each site's own pointers [blocks, width+1], views of ``arrays``, one adapter's by input name."""
+    found = []
+    for start, out in zip(_first_blocks(kind, tuple(outs)).tolist(), outs, strict=True):
+        _, width = form(kind, out)
+        found.append(arrays[f"{AXES[kind]}{ROW_POINTERS}{width}"][start : start + out // width])
+    return found
+
+
+def broken_pointers(arrays: Mapping[str, NDArray[Any]], kind: str, outs: Sequence[int], n: int) -> str | None:
+    """Name of the first of ``arrays`` whose pointers do not lead from 0 upwards through at most ``n`` coefficients."""
+    starts = _first_blocks(kind, tuple(outs))
+    for width, members in sites_by_block(kind, tuple(outs)).items():
+        name = f"{AXES[kind]}{ROW_POINTERS}{width}"
+        pointers = arrays[name].astype(np.int64)
+        before = np.concatenate([pointers[:1, 0], pointers[:-1, -1]])  # each block begins where the one before ended
+        before[starts[members]] = 0
+        if (before != pointers[:, 0]).any() or np.diff(pointers, axis=1).min() < 0 or pointers.max() > n:
+            return name
+    return None
+
+
+def no_pointers(kind: str, outs: Sequence[int]) -> Arrays:
+    """Row pointers by input name of an adapter without coefficients."""
+    counts = block_counts(kind, outs)
+    return {f"{AXES[kind]}{ROW_POINTERS}{width}": np.zeros((n, width + 1), np.uint16) for width, n in counts.items()}
+
+
+def _put_pointers(
+    arrays: Arrays, kind: str, outs: Sequence[int], sites: Sequence[int], pointers: NDArray[np.int64]
+) -> None:
+    """Put ``pointers`` [sites, out+1] of ``sites``, all of one out, into their blocks."""
+    out = pointers.shape[1] - 1
+    _, width = form(kind, out)
+    within = np.arange(0, out, width)[:, None] + np.arange(width + 1)
+    places = _first_blocks(kind, tuple(outs))[sites, None] + np.arange(out // width)
+    arrays[f"{AXES[kind]}{ROW_POINTERS}{width}"][places] = pointers[:, within]
+
+
+@lru_cache(maxsize=64)
+def sites_by_block(kind: str, outs: tuple[int, ...]) -> dict[int, list[int]]:
+    """Sites by the width of their blocks, as their pointers follow one another: those of one form together."""
+    found: dict[int, list[int]] = {}
+    for site in sorted(range(len(outs)), key=lambda site: (form(kind, outs[site]), site)):
+        found.setdefault(form(kind, outs[site])[1], []).append(site)
+    return dict(sorted(found.items()))
+
+
+def block_counts(kind: str, outs: Sequence[int]) -> dict[int, int]:
+    """How many blocks of each width there are."""
+    return {width: sum(outs[site] // width for site in own) for width, own in sites_by_block(kind, tuple(outs)).items()}
+
+
+@lru_cache(maxsize=64)
+def _first_blocks(kind: str, outs: tuple[int, ...]) -> NDArray[np.int64]:
+    """Where each site's blocks begin among those of their width, int64 [sites]."""
+    starts = np.zeros(len(outs), np.int64)
+    for width, members in sites_by_block(kind, outs).items():
+        starts[members] = np.cumsum([0, *(outs[site] // width for site in members[:-1])])
+    return starts
+
+
+def form(kind: str, out: int) -> tuple[int, int]:
+    """``q`` of `TwoStage` and the width of blocks of the way back to ``out`` rows; sites of one form share products."""
+    (p, q), _ = output_order(kind, out)
+    return q, q if p == 1 else 2 * q
 
 
 def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], float]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ssh_deploy.errors import OutputError, UnknownNameError, VerificationError, near_misses
 from ssh_deploy.graph.lowrank_rows import B
+from ssh_deploy.graph.spectral_rows import spare
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.jobs import folder_files as files
 from ssh_deploy.jobs.folder_adapters import layout_of, write_rows
@@ -72,7 +73,8 @@ def add_adapter(folder: str | Path, adapter: str) -> EditReport:
     deployment = read_json(opened.root, files.DEPLOYMENT)
     arrays = {key: array for rows in loaded.kinds.values() for key, array in rows.items()}
     written = write_rows(opened.root, name, arrays, layout_of(opened.root, deployment))
-    widths = [a.shape[_WIDTHS[kind]] for kind, rows in loaded.kinds.items() if kind in _WIDTHS for a in _changes(rows)]
+    changes = [(kind, array) for kind, rows in loaded.kinds.items() if kind in _WIDTHS for array in _changes(rows)]
+    widths = [array.shape[_WIDTHS[kind]] - spare(kind) for kind, array in changes]
     entry = {
         **written,
         "family": loaded.family,

@@ -19,8 +19,7 @@ from ssh_deploy.checkpoints.index import Checkpoint, contained
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.errors import DeploymentError
 from ssh_deploy.graph.bank_file import GUARD, PADDED, PREFIXES, Layout, padded_rows
-from ssh_deploy.graph.lowrank_rows import sites_by_width
-from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS
+from ssh_deploy.graph.spectral_rows import AXES, no_pointers
 
 DEPLOYMENT = "deployment.json"
 PROVENANCE = "provenance.json"
@@ -210,8 +209,8 @@ def no_adapter(layout: Layout) -> dict[str, NDArray[Any]]:
             none[f"{prefix}scales"] = np.ones((1, sites), np.float32)
             none[f"{prefix}cols"] = np.zeros((1, sites, 0), layout.place_dtype)
             if kind in AXES:
-                for out, members in sites_by_width([n_out for *_, n_out in layout.sites]).items():
-                    none[f"{prefix}{ROW_POINTERS}{out}"] = np.zeros((1, len(members), out + 1), np.uint16)
+                pointers = no_pointers(kind, [n_out for *_, n_out in layout.sites])
+                none |= {name: array[None] for name, array in pointers.items()}
             else:
                 none[f"{prefix}rows"] = none[f"{prefix}cols"]
     for kind, prefix in PADDED.items():

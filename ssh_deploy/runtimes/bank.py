@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
+from ssh_deploy.graph.spectral_rows import spare
 from ssh_deploy.runtimes.mirror import Mirror, Upload
 from ssh_deploy.runtimes.session import Input
 
@@ -141,11 +142,12 @@ class Bank:
         for side, size in sizes.items():
             if size > self.widths[side]:
                 option = WIDTHS.get(self.kind, "max_coefficients")
+                own, most = (width - spare(self.kind) for width in (size, self.widths[side]))
                 raise AdapterMismatchError(
-                    f"{where}: {size} {side} where every row of this bank holds {self.widths[side]}.",
+                    f"{where}: {own} {side} where every row of this bank holds {most}.",
                     hint="Add it to the folder (`ssh-deploy add`): the widest adapter there says how wide rows are."
                     if option is None
-                    else f"Open the deployment with {option}={size}"
+                    else f"Open the deployment with {option}={own}"
                     f"{' (--max-coefficients)' if option == 'max_coefficients' else ''}; every resident adapter then "
                     "takes that much.",
                 )

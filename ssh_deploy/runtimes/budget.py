@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ssh_deploy.errors import DeployError, DeploymentError
-from ssh_deploy.graph.spectral_rows import AXES
+from ssh_deploy.graph.spectral_rows import AXES, spare
 from ssh_deploy.runtimes.bank import Bank, inputs_by_kind, kind_of, row_bytes
 from ssh_deploy.runtimes.folder import Folder, contained
 from ssh_deploy.runtimes.mirror import Upload
@@ -132,7 +132,7 @@ def widths_of(
         if width is not None and width < 1:
             raise DeploymentError(f"{option}={width} holds nothing.", hint="Give at least 1, or None for the default.")
     stored = _stored_widths(folder, inputs)
-    widest = max((n for (kind, _), n in stored.items() if kind in AXES), default=_NO_COEFFICIENTS)
+    widest = max((n for (kind, _), n in stored.items() if kind in AXES), default=0)
     known_kinds = {kind for kind, _ in stored}
     widths: dict[str, int] = {}
     for kind, entries in inputs_by_kind(inputs.values()).items():
@@ -149,8 +149,9 @@ def widths_of(
                 elif kind == "diagonal":
                     widths[side] = stored.get((kind, side), 0) if kind in known_kinds else _VECTORS[side]
                 elif kind != "head":
-                    known = stored.get((kind, side), 0) or (widest if kind in AXES else 0) or _NO_COEFFICIENTS
-                    widths[side] = known if max_coefficients is None else max_coefficients
+                    known = stored.get((kind, side), 0) or (widest if kind in AXES else 0)
+                    wanted = max_coefficients or _NO_COEFFICIENTS
+                    widths[side] = known if known and max_coefficients is None else wanted + spare(kind)
                 elif side == "labels":
                     known = max(stored.get((kind, side), 0), len(folder.labels), _LEAST_LABELS)
                     widths[side] = known if max_labels is None else max_labels
@@ -222,7 +223,7 @@ def how_many_fit(residents: Residents) -> HowManyFit:
         resident, used, heads = len(residents), residents.used, residents.head_bytes()
     return HowManyFit(
         budget=budget,
-        max_coefficients={kind: max(residents.banks[kind].widths.values(), default=0) for kind in size},
+        max_coefficients={kind: max(residents.banks[kind].widths.values(), default=0) - spare(kind) for kind in size},
         max_labels=residents.banks["head"].widths.get("labels", 0) if head else 0,
         adapter_bytes=size,
         head_bytes=head,

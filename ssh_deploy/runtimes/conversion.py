@@ -23,7 +23,7 @@ from ssh_deploy.checkpoints.names import match_modules
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
-from ssh_deploy.graph.spectral_rows import ROW_POINTERS, output_order
+from ssh_deploy.graph.spectral_rows import AXES, broken_pointers, no_pointers, output_order, spare
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
@@ -66,6 +66,8 @@ def rows_of_file(path: Path, folder: Folder, inputs: Mapping[str, Input]) -> dic
         kinds.setdefault(kind_of(name), {})[name] = tensor[0]
     for kind in set(kinds) & set(PREFIXES):
         _check_places(path, kinds[kind], PREFIXES[kind], folder.sites)
+    for kind in set(kinds) & set(AXES):
+        _check_pointers(path, kinds[kind], kind, folder.sites)
     return kinds
 
 
@@ -189,13 +191,19 @@ def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, .
                 f"{path}: rows of {sites[site].module} ascend at coefficient {k + 1}; the contract has them descend.",
                 hint="The file is damaged or forged.",
             )
-    values = rows.get(f"{prefix}values")
-    for name, pointers in rows.items():
-        if not name.startswith(f"{prefix}{ROW_POINTERS}") or values is None or values.ndim != 2 or pointers.ndim != 2:
-            continue
-        steps = np.diff(pointers.astype(np.int64), axis=1)
-        if not pointers.size or pointers[:, 0].any() or steps.min(initial=0) < 0 or pointers.max() > values.shape[1]:
-            raise AdapterMismatchError(
-                f"{path}: {name} do not lead through {values.shape[1]} coefficients from 0 upwards.",
-                hint="The file is damaged or forged.",
-            )
+
+
+def _check_pointers(path: Path, rows: Rows, kind: str, sites: tuple[SiteEntry, ...]) -> None:
+    """Refuse row pointers that lead anywhere but once through the coefficients."""
+    outs = [site.out for site in sites]
+    values, none = rows.get(f"{AXES[kind]}values"), no_pointers(kind, outs)
+    fits = all(name in rows and rows[name].shape == array.shape for name, array in none.items())
+    if values is None or values.ndim != 2 or not fits:
+        return  # the bank's own check names what is wrong with it
+    n = max(values.shape[1] - spare(kind), 0)
+    name = broken_pointers(rows, kind, outs, n)
+    if name is not None:
+        raise AdapterMismatchError(
+            f"{path}: {name} do not lead through {n} coefficients from 0 upwards.",
+            hint="The file is damaged or forged.",
+        )

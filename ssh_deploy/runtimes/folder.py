@@ -21,7 +21,7 @@ from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.errors import DeploymentError, UnknownNameError
 
 #: The contract of graphs this release runs (onnx.md); others are refused, never reinterpreted.
-CONTRACT = 3
+CONTRACT = 4
 DEPLOYMENT = "deployment.json"
 MODEL = "model.onnx"
 GENAI = "genai_config.json"

@@ -30,7 +30,7 @@ from ssh_deploy.adapters.base import finite
 from ssh_deploy.errors import AdapterMismatchError, UnknownNameError
 from ssh_deploy.graph.bank_file import PREFIXES
 from ssh_deploy.graph.lowrank_rows import A
-from ssh_deploy.graph.spectral_rows import AXES, MOST, pointers_of, rows_of
+from ssh_deploy.graph.spectral_rows import AXES, MOST, pointers_of, rows_of, spare
 from ssh_deploy.runtimes.bank import Rows
 from ssh_deploy.runtimes.folder import check_name
 from ssh_deploy.runtimes.loading import Loaded
@@ -154,14 +154,14 @@ def _shown(loaded: Loaded) -> str:
 
 
 def _add(text: str, kind: str, terms: Sequence[tuple[float, Rows]], outs: Sequence[int]) -> Rows:
-    """Weighted sum of values at places of one kind, each [sites, n] with its own n, as one."""
+    """Weighted sum of values at places of one kind, each [sites, ..] with its own width, as one."""
     first, prefix, spectra = terms[0][1], PREFIXES[kind], kind in AXES
     dtype, places = first[f"{prefix}values"].dtype, first[f"{prefix}cols"].dtype
     sites = len(first[f"{prefix}scales"])
     scales = np.stack([weight * rows[f"{prefix}scales"].astype(np.float64) for weight, rows in terms])  # [terms, sites]
     values = [rows[f"{prefix}values"].astype(np.float64) for _, rows in terms]
     added = np.concatenate([v * s[:, None] for v, s in zip(values, scales, strict=True)], axis=1)
-    every = [rows_of(rows, prefix, outs) if spectra else rows[f"{prefix}rows"] for _, rows in terms]
+    every = [rows_of(rows, kind, outs) if spectra else rows[f"{prefix}rows"] for _, rows in terms]
     rows = np.concatenate(every, axis=1).astype(np.int64)
     cols = np.concatenate([rows[f"{prefix}cols"] for _, rows in terms], axis=1).astype(np.int64)
 
@@ -179,7 +179,7 @@ def _add(text: str, kind: str, terms: Sequence[tuple[float, Rows]], outs: Sequen
     width = int(np.diff(start).max(initial=0))
 
     scale = _scales(text, scales, values, total, which)
-    shape = (sites, width)
+    shape = (sites, width + spare(kind))
     out = {f"{prefix}values": np.zeros(shape, dtype), f"{prefix}scales": scale.astype(np.float32)}
     out[f"{prefix}cols"] = np.zeros(shape, places)
     out[f"{prefix}values"][which, slot] = total / scale[which]
@@ -192,7 +192,7 @@ def _add(text: str, kind: str, terms: Sequence[tuple[float, Rows]], outs: Sequen
                 f"{text}: {width:,} coefficients in one matrix, a slot takes {MOST:,}.",
                 hint="Sum fewer, or merge them.",
             )
-        return out | pointers_of(rows, np.diff(start), prefix, outs)
+        return out | pointers_of(rows, np.diff(start), kind, outs)
     out[f"{prefix}rows"] = np.zeros(shape, places)
     out[f"{prefix}rows"][which, slot] = deep - 1 - rows[which, slot]
     return out

@@ -19,6 +19,8 @@ from ssh_deploy.testing import random_adapter, sparse_spectrum
 from ssh_deploy.transforms import get_transform
 
 SITES = (("a.q", 36, 24), ("a.v", 36, 24), ("b.q", 24, 13))
+#: and of such outs that their rows come in blocks: 48 in two of 24, like those of 24; 36 in two of 18
+BLOCKS = (("c.up", 24, 48), ("a.q", 36, 24), ("c.down", 24, 36), ("a.v", 36, 24), ("b.q", 24, 13), ("d.up", 9, 48))
 PLACES = {"m.a.q": "a.q", "m.b.q": "b.q"}
 SHAPES = {"m.a.q": (24, 36), "m.b.q": (13, 24)}
 GUARD = (11, 0, 13)
@@ -64,13 +66,19 @@ def adapter_definition(adapter, layout, places):
             "cols": layout.place_dtype,
             "scales": "float32",
         }
-        for out in {out for *_, out in layout.sites}:
-            of_out = [module for module, _, width in layout.sites if width == out]
-            made[f"{prefix}row_pointers.{out}"] = np.array(
-                [[(sites[m][1] < u).sum() if m in sites else 0 for u in range(out + 1)] for m in of_out], np.uint16
-            )
+        blocks = {}  # (rows of a site's way back are taken in blocks of 2q of p·q) by width, of one q after another
+        for row, (module, _, out) in enumerate(layout.sites):
+            (p, q), _ = get_transform(kind).axis.output_order(out)
+            width = q if p == 1 else 2 * q
+            rows = sites[module][1] if module in sites else np.zeros(0)
+            for first in range(0, out, width):
+                pointers = [(rows < u).sum() for u in range(first, first + width + 1)]
+                blocks.setdefault(width, []).append((q, row, pointers))
+        for width, own in blocks.items():
+            ordered = [pointers for *_, pointers in sorted(own, key=lambda block: block[:2])]
+            made[f"{prefix}row_pointers.{width}"] = np.array(ordered, np.uint16)
         for part, dtype in dtypes.items():
-            made[prefix + part] = np.zeros((len(layout.sites), n)[: 1 if part == "scales" else 2], dtype)
+            made[prefix + part] = np.zeros((len(layout.sites), n + 1)[: 1 if part == "scales" else 2], dtype)
         for row, (module, *_) in enumerate(layout.sites):
             if module in sites:
                 values, _, cols, scale = sites[module]
@@ -84,8 +92,8 @@ def adapter_definition(adapter, layout, places):
 @st.composite
 def spectral_adapters(draw):
     """Adapters whose sites differ in n, transform, α, norm and dtypes, or agree, in any order of modules."""
-    modules = draw(st.permutations([f"m.{module}" for module, *_ in SITES]))[: draw(st.integers(1, 3))]
-    shapes = {f"m.{module}": (out, inn) for module, inn, out in SITES}
+    modules = draw(st.permutations([f"m.{module}" for module, *_ in BLOCKS]))[: draw(st.integers(1, 4))]
+    shapes = {f"m.{module}": (out, inn) for module, inn, out in BLOCKS}
     common = draw(st.booleans())
     kinds, lengths = st.sampled_from(["hartley", "hartley-joint", "cosine"]), st.integers(0, 60)
     kind, n = draw(kinds), draw(lengths)
@@ -107,7 +115,7 @@ def spectral_adapters(draw):
 @settings(max_examples=150, deadline=None)
 @given(adapter=spectral_adapters(), dtype=st.sampled_from(["float16", "float32"]))
 def test_all_sites_at_once_are_bit_for_bit_what_each_is_alone(adapter, dtype):
-    own, places = layout(adapter_dtype=dtype), {f"m.{module}": module for module, *_ in SITES}
+    own, places = layout(sites=BLOCKS, adapter_dtype=dtype), {f"m.{module}": module for module, *_ in BLOCKS}
     got, want = adapter_rows(adapter, own, places), adapter_definition(adapter, own, places)
     assert got.keys() == want.keys()
     for name, array in want.items():
@@ -149,10 +157,10 @@ def test_more_coefficients_than_pointers_count_are_refused():
 def test_rows_of_an_adapter():
     rows = adapter_rows(random_adapter(SHAPES, n=9), layout(), PLACES)
     assert {k: (a.dtype.name, a.shape) for k, a in rows.items()} == {
-        "adapter_values": ("float16", (3, 9)),
+        "adapter_values": ("float16", (3, 10)),
         "adapter_row_pointers.13": ("uint16", (1, 14)),
         "adapter_row_pointers.24": ("uint16", (2, 25)),
-        "adapter_cols": ("uint16", (3, 9)),
+        "adapter_cols": ("uint16", (3, 10)),
         "adapter_scales": ("float32", (3,)),
     }
     assert rows["adapter_scales"][1] == 0  # a site it leaves alone
@@ -170,11 +178,11 @@ def test_banks_have_an_empty_row_and_pad_narrow_adapters_with_zeros_at_the_end()
     made = [adapter_rows(a, layout(), PLACES) for a in (narrow, cosine, wide)]
     banks, ids = stack_rows(made, layout())
     assert ids == {"adapter_ids": [1, 0, 2], "adapter_cosine_ids": [0, 1, 0], "adapter_head_ids": [0, 0, 0]}
-    assert banks["adapter_values"].shape == (3, 3, 9)
-    assert banks["adapter_cosine_values"].shape == (2, 3, 4)  # a row only in the banks it uses
+    assert banks["adapter_values"].shape == (3, 3, 10)
+    assert banks["adapter_cosine_values"].shape == (2, 3, 5)  # a row only in the banks it uses
     assert not banks["adapter_values"][0].any()
     assert not banks["adapter_scales"][0].any()
-    np.testing.assert_array_equal(banks["adapter_values"][1, :, :5], made[0]["adapter_values"])
+    np.testing.assert_array_equal(banks["adapter_values"][1, :, :6], made[0]["adapter_values"])
     assert not banks["adapter_values"][1, :, 5:].any()
     for name in ("adapter_row_pointers.13", "adapter_row_pointers.24"):
         np.testing.assert_array_equal(banks[name][1:], [made[0][name], made[2][name]])

@@ -24,10 +24,10 @@ pytestmark = pytest.mark.hostile
 def arrays(n=4, **changes):
     rng = np.random.default_rng(0)
     made = {
-        "adapter_values": rng.normal(size=(2, n)).astype(np.float16),
+        "adapter_values": np.pad(rng.normal(size=(2, n)), ((0, 0), (0, 1))).astype(np.float16),
         "adapter_scales": np.ones(2, np.float32),
         **{f"adapter_row_pointers.{out}": np.minimum(np.arange(out + 1), n).astype(np.uint16)[None] for out in (10, 8)},
-        "adapter_cols": np.tile(np.arange(n, dtype=np.uint16), (2, 1)),
+        "adapter_cols": np.tile(np.arange(n + 1, dtype=np.uint16) % n, (2, 1)),
         "adapter_head.classifier.weight": rng.normal(size=(2, 8)).astype(np.float32),
         "adapter_head.classifier.bias": np.zeros(2, np.float32),
     }
@@ -215,11 +215,11 @@ def test_a_strangers_adapter_and_one_without_a_guard(folder, tmp_path):
             ({"adapter_row_pointers.8": np.array([forged], np.uint16)}, "adapter_row_pointers.8 do not lead through 4")
             for forged in ([1, 2, 3, 4, 4, 4, 4, 4, 4], [0, 2, 1, 4, 4, 4, 4, 4, 4], [0, 1, 2, 3, 4, 5, 5, 5, 5])
         ],
-        ({"adapter_cols": np.full((2, 4), 11, np.uint16)}, "layer.value has col 11, outside 0…9"),
-        ({"adapter_values": np.full((2, 4), np.nan, np.float16)}, "NaN or infinite"),
+        ({"adapter_cols": np.full((2, 5), 11, np.uint16)}, "layer.value has col 11, outside 0…9"),
+        ({"adapter_values": np.full((2, 5), np.nan, np.float16)}, "NaN or infinite"),
         ({"adapter_scales": np.full(2, np.inf, np.float32)}, "NaN or infinite"),
-        ({"adapter_values": np.zeros((2, 4), np.float32)}, "float32 [2, 4] where the graph takes float16"),
-        ({"adapter_values": np.zeros((3, 4), np.float16)}, "[3, 4]"),
+        ({"adapter_values": np.zeros((2, 5), np.float32)}, "float32 [2, 5] where the graph takes float16"),
+        ({"adapter_values": np.zeros((3, 5), np.float16)}, "[3, 5]"),
         ({"adapter_values": None}, "where the graph takes"),
         ({"adapter_other": np.zeros(3, np.float32)}, "'adapter_other', which the graph has not"),
         ({"input_ids": np.zeros(3, np.int64)}, "'input_ids', which the graph has not"),
@@ -304,8 +304,8 @@ def test_memory_that_is_none(folder, memory):
 
 
 def test_a_budget_too_small_for_one_adapter(folder):
-    """A spectrum of two sites of 10 and 8 rows and four coefficients, and a head of up to 16 labels of 8 numbers."""
-    one = 2 * 4 * 4 + 2 * 4 + (11 + 9) * 2 + 16 * 9 * 4
+    """Two sites of 10 and 8 rows with four coefficients and a zero each, and a head of up to 16 labels of 8 numbers."""
+    one = 2 * 5 * 4 + 2 * 4 + (11 + 9) * 2 + 16 * 9 * 4
     refused(
         lambda: Deployment.open(folder, memory=one - 1), DeploymentError, f"{one - 1:,} bytes", f"{one:,}", "memory="
     )
@@ -314,7 +314,7 @@ def test_a_budget_too_small_for_one_adapter(folder):
 
 def test_more_adapters_at_once_than_the_budget_holds(folder):
     add_stored(folder, "other", arrays(adapter_scales=np.full(2, 3, np.float32)), labels=("a", "b"))
-    deployment = Deployment.open(folder, memory=2 * (4 * 4 + 4) + (11 + 9) * 2 + 16 * 9 * 4)
+    deployment = Deployment.open(folder, memory=2 * (5 * 4 + 4) + (11 + 9) * 2 + 16 * 9 * 4)
     for name in ("good", "other"):
         assert deployment.predict(["who"], name)
     refused(

@@ -225,7 +225,7 @@ def test_parts_alone_fill_their_part_of_the_summary(work):
     found.write(work / "out.json")
     assert json.loads((work / "out.json").read_text())["summary"] == found.summary
     assert set(found.summary) == {"ratio_6_vs_1", "bytes_per_adapter", "swap_ms"}
-    assert found.summary["bytes_per_adapter"] == 4 * (750 * 4 + 4 + 49 * 2)
+    assert found.summary["bytes_per_adapter"] == 4 * (751 * 4 + 4 + 2 * 25 * 2)
     rows = {row["variant"]: row for row in found.results}
     assert rows["resident_6"]["bank_bytes"] == 6 * found.summary["bytes_per_adapter"]
     assert rows["resident_1"]["resident"] == 1

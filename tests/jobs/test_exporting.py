@@ -71,7 +71,7 @@ def test_each_architecture_answers_as_torch(exported, architecture):
 def test_the_folder_says_what_it_is(exported):
     _, _, folder = exported("bert")
     deployment = json.loads((folder / "deployment.json").read_text())
-    assert deployment["contract"] == 3
+    assert deployment["contract"] == 4
     assert deployment["kinds"] == ["hartley", "head"]
     assert [s["index"] for s in deployment["sites"]] == [0, 1, 2, 3]
     assert deployment["sites"][0]["module"] == "encoder.layer.0.attention.self.query"

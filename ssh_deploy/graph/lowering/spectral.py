@@ -42,9 +42,10 @@ import numpy as np
 import onnx_ir as ir
 
 from ssh_deploy.graph.emitter import Emitter
-from ssh_deploy.graph.lowering.spectral_bank import Places, RowPlaces, SpectralBank, form, leading
+from ssh_deploy.graph.lowering.spectral_bank import Places, RowPlaces, SpectralBank, leading
 from ssh_deploy.graph.lowering.stages import backward, backward_token, forward, forward_token
 from ssh_deploy.graph.sites import Call
+from ssh_deploy.graph.spectral_rows import form
 from ssh_deploy.transforms import get_transform
 
 INT32, INT64 = np.int32, np.int64

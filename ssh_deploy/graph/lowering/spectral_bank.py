@@ -6,6 +6,7 @@ without an adapter nothing is done.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,8 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from ssh_deploy.graph.emitter import Emitter
-from ssh_deploy.graph.lowrank_rows import sites_by_width
-from ssh_deploy.transforms import get_transform
+from ssh_deploy.graph.spectral_rows import form, sites_by_block
 
 INT32, INT64, FLOAT = np.int32, np.int64, np.float32
 Key = TypeVar("Key")
@@ -42,7 +42,7 @@ class RowPlaces:
 
     ``single`` is true when an adapter is there and the input is one token a batch row.
 
-    By first site of a group of g sites: ``values`` f32 and ``cols`` int32 [batch, g·(n+1)]. By first site and `form`:
+    By first site of a group of g sites: ``values`` f32 and ``cols`` int32 [batch, g·(n+1)]. By first site and form:
     ``windows`` int32 [batch, Σ blocks·(width+1)], places in the group's g·(n+1) prefix sums, of the group's sites of
     that form one after another. ``number`` int32 [batch, 1, 1] counts the batch rows.
     """
@@ -89,7 +89,7 @@ def prepare(
         emitter: of the outermost graph.
         axis: name of the axis kernel.
         inputs: ``values``, ``scales``, ``cols``.
-        pointers: by out, of its sites.
+        pointers: by width of the blocks; see `spectral_rows`.
         ids: rows of the bank, one or one a batch row, int64, none negative.
         like: input of the graph, [batch, tokens, ..]; most activations have these leading sides.
         shapes: (out, in) of every site.
@@ -107,54 +107,31 @@ def prepare(
     number = then.op("Reshape", then.op("Cast", rows, to=ir.DataType.INT32), then.ints(-1, 1, 1))
     scales = then.op("Expand", found, then.op("Concat", batch, then.ints(1), axis=0))
     values, cols, own = _fetched(then, inputs, pointers, ids, scales)
-    length = then.op("Shape", cols, start=2, end=3)
-    n = then.op("Cast", length, to=ir.DataType.INT32)
+    n = then.op("Cast", then.op("Shape", cols, start=2, end=3), to=ir.DataType.INT32)
     nil = _checked(then, cols, own.values(), n, shapes=shapes, small=inputs["cols"].dtype == ir.DataType.UINT16)
     number = then.op("Add", number, nil)
-    windows = {out: _windows(then, axis, out, value) for out, value in own.items()}
     counted = then.op("Unsqueeze", rows, then.ints(1))
-    outs, lead = [shape[0] for shape in shapes], leading(like)
+    lead = leading(like)
     assert lead is not None
-    sites, firsts = len(shapes), np.cumsum([0, *groups[:-1]]).tolist()
+    table = _Sites(axis, tuple(out for out, _ in shapes), tuple(groups))
+    results = [(counted, _none(INT64, 1))]
     places: RowPlaces | Places
     if layers:
-        forms = _windows_of_forms(then, axis, windows, n, outs, groups)
-        results = [(counted, _none(INT64, 1)), (values, _none(FLOAT, sites, 1)), (cols, _none(INT32, sites, 1))]
-        results += [(whole, _none(INT32, sum(lengths.values()), 1)) for whole, lengths in forms.values()]
-        counted, *arrays, number = _behind(emitter, gate, then, [*results, (number, _none(INT32, 1, 1))])
-        # out here they are flattened where they lie; a branch would copy them
-        flat = [emitter.op("Flatten", array, axis=1) for array in arrays]
+        arrays = [(values, _none(FLOAT, len(shapes), 0)), (cols, _none(INT32, len(shapes), 0))]
+        arrays += table.windows(then, own, n)
+        counted, *made, number = _behind(emitter, gate, then, [*results, *arrays, (number, _none(INT32, 1, 1))])
         single = emitter.op("Equal", emitter.op("Shape", like, start=1, end=2), emitter.ints(1))
-        width = emitter.op("Add", emitter.op("Shape", inputs["cols"], start=2, end=3), emitter.const([1], INT64))
-        parts = emitter.op("Mul", emitter.ints(*groups), width)
-        of_forms: dict[tuple[int, tuple[int, int]], ir.Value] = {}
-        for array, (one, (_, lengths)) in zip(flat[2:], forms.items(), strict=True):
-            of_forms |= _cut(emitter, array, emitter.ints(*lengths.values()), [(start, one) for start in lengths])
-        of_values, of_cols = (_cut(emitter, array, parts, firsts) for array in flat[:2])
-        places = RowPlaces(emitter.op("And", gate, single), of_values, of_cols, of_forms, number)
+        length = emitter.op("Shape", inputs["cols"], start=2, end=3)
+        places = RowPlaces(emitter.op("And", gate, single), *table.rows_apart(emitter, made, length), number)
     else:
-        members = sites_by_width(outs)
         first = then.const([[[inn] for _, inn in shapes]], INT32)
-        values = then.op("Unsqueeze", values, then.ints(3))
         cols = then.op("Add", cols, then.op("Mul", number, first))
-        results = [(counted, _none(INT64, 1)), (values, _none(FLOAT, sites, 0, 1)), (cols, _none(INT32, sites, 0))]
-        for out, value in windows.items():
-            _, block = form(axis, out)
-            none = _none(INT32, len(members[out]), out // block, block + 1)
-            results.append((_flat_windows(then, value, number, n, members[out], groups), none))
-        counted, *cut = _behind(emitter, gate, then, results)
-        of_sites: dict[int, ir.Value] = {}
-        for array, out in zip(cut[2:], windows, strict=True):
-            of_sites |= _cut(emitter, array, emitter.ints(*[1] * len(members[out])), members[out])
-        of_values, of_cols = (_cut(emitter, array, emitter.ints(*groups), firsts) for array in cut[:2])
-        places = Places(of_values, of_cols, of_sites)
+        values = then.op("Unsqueeze", values, then.ints(3))
+        arrays = [(values, _none(FLOAT, len(shapes), 0, 1)), (cols, _none(INT32, len(shapes), 0))]
+        arrays += table.windows(then, own, n, number=number)
+        counted, *made = _behind(emitter, gate, then, [*results, *arrays])
+        places = Places(*table.apart(emitter, made))
     return SpectralBank(axis, gate, counted, lead, places, gate_first=len(groups) <= layers)
-
-
-def form(axis: str, out: int) -> tuple[int, int]:
-    """Sites of one form share the products of the way back: q and the width of its blocks."""
-    (p, q), _ = get_transform(axis).axis.output_order(out)
-    return q, q if p == 1 else 2 * q
 
 
 def _fetched(
@@ -164,14 +141,12 @@ def _fetched(
     ids: ir.Value,
     scales: ir.Value,
 ) -> tuple[ir.Value, ir.Value, dict[int, ir.Value]]:
-    """The batch's rows of the bank: values, scaled, and columns [batch, sites, n+1], a zero last; pointers by out."""
-    end = emitter.ints(0, 0, 0, 0, 0, 1)
+    """The batch's rows of the bank: values, scaled, and columns [batch, sites, n+1]; pointers by width of blocks."""
     values = emitter.op("Cast", emitter.op("Gather", inputs["values"], ids, axis=0), to=ir.DataType.FLOAT)
     values = emitter.op("Mul", values, emitter.op("Unsqueeze", scales, emitter.ints(2)))
     cols = emitter.op("Cast", emitter.op("Gather", inputs["cols"], ids, axis=0), to=ir.DataType.INT32)
-    own = {out: emitter.op("Gather", value, ids, axis=0) for out, value in pointers.items()}
-    own = {out: emitter.op("Cast", value, to=ir.DataType.INT32) for out, value in own.items()}
-    return emitter.op("Pad", values, end), emitter.op("Pad", cols, end), own
+    own = {width: emitter.op("Gather", value, ids, axis=0) for width, value in pointers.items()}
+    return values, cols, {width: emitter.op("Cast", value, to=ir.DataType.INT32) for width, value in own.items()}
 
 
 def _none(kind: type, *sides: int) -> NDArray[Any]:
@@ -194,9 +169,11 @@ def _behind(
     return emitter.when(gate, then, [value for value, _ in results], other, nones)
 
 
-def _cut(emitter: Emitter, array: ir.Value, lengths: ir.Value, keys: Sequence[Key]) -> dict[Key, ir.Value]:
-    """``array`` cut apart along its second axis into ``lengths``, a part for each of ``keys``."""
-    return dict(zip(keys, emitter.ops("Split", array, lengths, outputs=len(keys), axis=1), strict=True))
+def _cut(
+    emitter: Emitter, array: ir.Value, lengths: ir.Value, keys: Sequence[Key], *, along: int = 1
+) -> dict[Key, ir.Value]:
+    """``array`` cut apart along an axis into ``lengths``, a part for each of ``keys``."""
+    return dict(zip(keys, emitter.ops("Split", array, lengths, outputs=len(keys), axis=along), strict=True))
 
 
 def _checked(
@@ -225,73 +202,75 @@ def _checked(
     return emitter.op("Gather", emitter.const([0], INT32), emitter.op("Reshape", broken, emitter.ints(1)), axis=0)
 
 
-def _windows(emitter: Emitter, axis: str, out: int, pointers: ir.Value) -> ir.Value:
-    """``pointers`` [batch, sites, out+1] as each block of the way back takes them: [batch, sites, blocks, width+1]."""
-    _, width = form(axis, out)
-    along, step = emitter.ints(2), emitter.ints(width)
-    own = emitter.op("Slice", pointers, emitter.ints(0), emitter.ints(out), along)
-    edge = emitter.op("Slice", pointers, step, emitter.ints(out + 1), along, step)
-    own = emitter.op("Reshape", own, emitter.ints(0, 0, out // width, width))
-    return emitter.op("Concat", own, emitter.op("Unsqueeze", edge, emitter.ints(3)), axis=3)
+@dataclass(frozen=True, slots=True)
+class _Sites:
+    """Where the sites' parts of the arrays lie; ``outs`` of all sites, ``groups``: sizes of those that follow."""
 
+    axis: str
+    outs: tuple[int, ...]
+    groups: tuple[int, ...]
 
-def _flat_windows(
-    emitter: Emitter,
-    windows: ir.Value,
-    number: ir.Value,
-    n: ir.Value,
-    sites: Sequence[int],
-    groups: Sequence[int],
-) -> ir.Value:
-    """``windows`` of ``sites`` as places in the flattened rows of prefix sums: (batch row, site of its group, row)."""
-    number = emitter.op("Unsqueeze", number, emitter.ints(3))
-    size = emitter.const(np.repeat(groups, groups)[sites].reshape(1, -1, 1, 1), INT32)
-    start = emitter.op("Add", emitter.op("Mul", number, size), _within(emitter, sites, groups))
-    return emitter.op("Add", windows, emitter.op("Mul", start, n))
+    @property
+    def firsts(self) -> list[int]:
+        """First site of every group."""
+        return [sum(self.groups[:i]) for i in range(len(self.groups))]
 
+    @property
+    def within(self) -> list[int]:
+        """Which of its group each site is."""
+        return [i for size in self.groups for i in range(size)]
 
-def _within(emitter: Emitter, sites: Sequence[int], groups: Sequence[int]) -> ir.Value:
-    """Which of its group each of ``sites`` is, int32 [1, sites, 1, 1]."""
-    return emitter.const(np.concatenate([np.arange(g) for g in groups])[sites].reshape(1, -1, 1, 1), INT32)
+    def windows(
+        self, emitter: Emitter, own: Mapping[int, ir.Value], n: ir.Value, *, number: ir.Value | None = None
+    ) -> list[tuple[ir.Value, NDArray[Any]]]:
+        """``own`` pointers [batch, blocks, width+1] by width as places in prefix sums, and what stands for none.
 
+        Those of a site are ``n`` long, int32 [1], and follow those of the group's sites before; with the batch rows'
+        ``number`` they follow those of the rows before, and get an axis after the batch's.
+        """
+        within, sizes, found = self.within, [size for size in self.groups for _ in range(size)], []
+        for width, members in sites_by_block(self.axis, self.outs).items():
+            start = self._of_blocks(emitter, within, width, members)
+            if number is not None:
+                size = self._of_blocks(emitter, sizes, width, members)
+                start = emitter.op("Add", emitter.op("Mul", number, size), start)
+            array = emitter.op("Add", own[width], emitter.op("Mul", start, n))
+            sides = [sum(self.outs[site] // width for site in members), width + 1]
+            if number is not None:
+                array, sides = emitter.op("Unsqueeze", array, emitter.ints(1)), [1, *sides]
+            found.append((array, _none(INT32, *sides)))
+        return found
 
-def _windows_of_forms(
-    emitter: Emitter,
-    axis: str,
-    windows: Mapping[int, ir.Value],
-    n: ir.Value,
-    outs: Sequence[int],
-    groups: Sequence[int],
-) -> dict[tuple[int, int], tuple[ir.Value, dict[int, int]]]:
-    """``windows`` by out, by form: of all groups [batch, Σ blocks, width+1], and how long each one's part is then.
+    def rows_apart(
+        self, emitter: Emitter, arrays: Sequence[ir.Value], length: ir.Value
+    ) -> tuple[dict[int, ir.Value], dict[int, ir.Value], dict[tuple[int, tuple[int, int]], ir.Value]]:
+        """Values, columns and windows of `RowPlaces`; ``length`` int64 [1] of a site's values."""
+        # out here they are flattened where they lie; a branch would copy them
+        values, cols, *windows = [emitter.op("Flatten", array, axis=1) for array in arrays]
+        lengths = emitter.op("Mul", emitter.ints(*self.groups), length)
+        within, found = self.within, dict[tuple[int, tuple[int, int]], ir.Value]()
+        for array, (width, members) in zip(windows, sites_by_block(self.axis, self.outs).items(), strict=True):
+            parts: Counter[tuple[int, tuple[int, int]]] = Counter()
+            for site in members:
+                parts[site - within[site], form(self.axis, self.outs[site])] += self.outs[site] // width
+            found |= _cut(emitter, array, emitter.ints(*[n * (width + 1) for n in parts.values()]), list(parts))
+        return _cut(emitter, values, lengths, self.firsts), _cut(emitter, cols, lengths, self.firsts), found
 
-    Put in the groups' order a whole block of places at a time, all of a form at once: a run of the graph does nothing
-    for a single group but cut its part off. Groups go by their first site.
-    """
-    forms, members = {out: form(axis, out) for out in windows}, sites_by_width(outs)
-    starts = np.repeat(np.cumsum([0, *groups[:-1]]), groups).tolist()
-    found: dict[tuple[int, int], tuple[ir.Value, dict[int, int]]] = {}
-    for one in dict.fromkeys(forms.values()):
-        parts, blocks, place = [], dict[int, list[int]](), 0
-        for out, value in windows.items():
-            if forms[out] != one:
-                continue
-            sites = members[out]
-            shifted = emitter.op("Add", value, emitter.op("Mul", _within(emitter, sites, groups), n))
-            parts.append(emitter.op("Reshape", shifted, emitter.ints(0, -1, one[1] + 1)))
-            each = out // one[1]
-            for site in sites:
-                blocks[site] = list(range(place, place + each))
-                place += each
-        whole = emitter.op("Concat", *parts, axis=1) if len(parts) > 1 else parts[0]
-        order = [block for site in sorted(blocks) for block in blocks[site]]
-        if order != list(range(place)):
-            whole = emitter.op("Gather", whole, emitter.ints(*order), axis=1)
-        lengths: dict[int, int] = {}
-        for site, mine in blocks.items():
-            lengths[starts[site]] = lengths.get(starts[site], 0) + len(mine) * (one[1] + 1)
-        found[one] = (whole, dict(sorted(lengths.items())))
-    return found
+    def apart(
+        self, emitter: Emitter, arrays: Sequence[ir.Value]
+    ) -> tuple[dict[int, ir.Value], dict[int, ir.Value], dict[int, ir.Value]]:
+        """Values, columns and pointers of `Places`."""
+        values, cols, *windows = arrays
+        lengths, found = emitter.ints(*self.groups), dict[int, ir.Value]()
+        for array, (width, members) in zip(windows, sites_by_block(self.axis, self.outs).items(), strict=True):
+            blocks = emitter.ints(*[self.outs[site] // width for site in members])
+            found |= _cut(emitter, array, blocks, members, along=2)
+        return _cut(emitter, values, lengths, self.firsts), _cut(emitter, cols, lengths, self.firsts), found
+
+    def _of_blocks(self, emitter: Emitter, of_sites: Sequence[int], width: int, members: Sequence[int]) -> ir.Value:
+        """What is known of every site, of every block of ``members``: int32 [1, blocks, 1]."""
+        each = [[of_sites[site]] for site in members for _ in range(self.outs[site] // width)]
+        return emitter.const([each], INT32)
 
 
 def leading(value: ir.Value) -> tuple[object, object] | None:
