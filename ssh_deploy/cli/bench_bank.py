@@ -12,7 +12,7 @@ from ssh_deploy.cli.output import json_option, run_bench
 
 _QUICK: dict[str, Any] = {
     "shapes": ("pico",), "batches": ((1, 16), (1, 128), (8, 64)), "resident": (1, 12), "seconds": 0.2, "sessions": 1,
-    "many": 20, "few": 2, "budget": 8,
+    "openings": 1, "many": 20, "few": 2, "budget": 8,
 }  # fmt: skip
 
 
@@ -36,6 +36,7 @@ class Batch(click.ParamType):  # type: ignore[type-arg]
 @click.option("--only", "parts", multiple=True, help="ratios, lora, resident, swap or thrash; repeatable.")
 @click.option("--seconds", type=click.FloatRange(0.1), help="Most time for each group of variants; default 600.")
 @click.option("--sessions", type=click.IntRange(1), help="Of base and of bank that take turns; default 3.")
+@click.option("--openings", type=click.IntRange(1), help="Of these, at least, for each batch; default 3.")
 @click.option("--threads", type=click.IntRange(1), help="Of one operator; default all cores.")
 @click.option("--work", type=click.Path(file_okay=False), help="Folder to keep graphs and adapter files in (2 GB).")
 @click.option("--out", type=click.Path(dir_okay=False), help="JSON file to write after each part.")

@@ -2,16 +2,17 @@
 
 One adapter a row, off, one for all; 1 to 10,000 resident; a swap from disk; many adapters against a small budget.
 The plain model is the same trace without slots, in its own onnxruntime session with the same options; ours runs
-through `Deployment.run` with names, so that our own Python is inside. Two sessions of one model differ by 1 to 2 %
+through `Deployment.run` with names, so that our own Python is inside. Two sessions of one model differ by 1 to 3 %
 for as long as they live (where their weights happen to lie), more than "off" may cost; so base and bank each have
-several sessions, and rounds go through them in turn. Answers are checked before anything is timed.
+several sessions, rounds go through them in turn, and now and then all are opened anew (`reopening`). Answers are
+checked before anything is timed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from ssh_deploy.jobs.bench_models import (
     build_models,
     check_shape,
     lora_arrays,
+    token_feeds,
 )
 from ssh_deploy.jobs.benching import Bench, describe_machine, resident_bytes
 from ssh_deploy.jobs.progress import Progress, silent
-from ssh_deploy.jobs.timing import Timed, Variant, interleaved
+from ssh_deploy.jobs.reopening import ROUNDS, Openings
+from ssh_deploy.jobs.timing import LEAST_ROUNDS, Timed, Variant, interleaved
 from ssh_deploy.runtimes.answers import Adapters
 from ssh_deploy.runtimes.bank import inputs_by_kind, row_bytes
 from ssh_deploy.runtimes.budget import widths_of
@@ -60,6 +63,7 @@ class BankOptions:
         parts: of `PARTS`.
         seconds: most time for each group of variants.
         sessions: of base and of bank that take turns.
+        openings: times at least that they are opened, for a batch.
         threads: of one operator; None: all cores.
         many, few, budget: `thrash`: names drawn from ``many`` or ``few``, with rows for ``budget``.
     """
@@ -70,6 +74,7 @@ class BankOptions:
     parts: tuple[str, ...] = PARTS
     seconds: float = 600.0
     sessions: int = 3
+    openings: int = 3
     threads: int | None = None
     many: int = 2000
     few: int = 8
@@ -127,13 +132,21 @@ class _Run:
         most = max(rows for rows, _ in self.options.batches)
         resident = max(LORA_BANK, most)
         files = self._files(resident)
-        plains = [Session(self.models.plain, threads=self.options.threads) for _ in range(self.options.sessions)]
-        with self._deployments(self.options.sessions, resident) as banks:
-            for bank in banks:
-                _load(bank, files)
-            for rows, tokens in self.options.batches:
+
+        def opens(stack: ExitStack, form: str) -> Session | Deployment:
+            if form == "plain":
+                session = Session(self.models.plain, threads=self.options.threads)
+                stack.callback(session.close)
+                return session
+            bank = stack.enter_context(self._deployment(resident))
+            _load(bank, files)
+            return bank
+
+        for rows, tokens in self.options.batches:
+            with Openings[Any](opens, self.options.sessions) as openings:
+                plains, banks = openings.of("plain"), openings.of("slots")
                 names = [_name(i) for i in range(rows)]
-                feeds = _feeds(plains[0], rows, tokens)
+                feeds = token_feeds(plains[0], rows, tokens)
                 check_answers(plains[0], banks[0], feeds, names)
                 variants = {
                     "base": _plain(plains, feeds),
@@ -141,7 +154,7 @@ class _Run:
                     "off": _adapted(banks, feeds, [None]),
                     "one": _adapted(banks, feeds, names[:1]),
                 }
-                self._time((rows, tokens), variants, resident={"on": resident, "one": resident})
+                self._time((rows, tokens), variants, openings, resident={"on": resident, "one": resident})
 
     def lora(self) -> None:
         """LoRA on the same sites: A and B as inputs for the whole batch, and a bank gathered by id."""
@@ -149,7 +162,7 @@ class _Run:
         sessions = {key: Session(path, threads=self.options.threads) for key, path in self.models.lora.items()}
         arrays = {(rank, form): lora_arrays(self.models.shape, rank, form) for rank, form in sessions}
         for rows, tokens in self.options.batches:
-            feeds = _feeds(plain, rows, tokens)
+            feeds = token_feeds(plain, rows, tokens)
             given = {key: {**feeds, **own} for key, own in arrays.items()}
             for (_, form), own in given.items():
                 if form == "bank":
@@ -159,7 +172,7 @@ class _Run:
             variants = {"base": _plain([plain], feeds)}
             for key, session in sessions.items():
                 variants[f"lora{key[0]}_{key[1]}"] = _plain([session], given[key])
-            self._time((rows, tokens), variants)
+            self._time((rows, tokens), variants, None)
 
     def resident(self) -> None:
         """The same batch with few and with many resident, every row another where there are enough.
@@ -171,7 +184,7 @@ class _Run:
         files = self._files(max(counts))
         folder = open_folder(self.models.slots)
         session = Session(folder.root / _MODEL, threads=self.options.threads)
-        feeds = _feeds(session, *batch)
+        feeds = token_feeds(session, *batch)
         rng = np.random.default_rng(0)
         variants: dict[str, Variant] = {}
         facts: dict[str, dict[str, Any]] = {}
@@ -194,8 +207,8 @@ class _Run:
         """From an adapter file on disk to its first answer, less a run with the adapter resident."""
         batch = self._batch((1, 16))
         files = self._files(max(self.options.many, self.options.budget + 1))
-        with self._deployments(1, self.options.budget) as (bank,):
-            feeds = _feeds(bank, *batch)
+        with self._deployment(self.options.budget) as bank:
+            feeds = token_feeds(bank, *batch)
             bank.load("resident", files[0], pin=True)
 
             def swap(i: int) -> object:
@@ -212,8 +225,8 @@ class _Run:
         """Names drawn from many more than the budget holds, beside names drawn from few that stay."""
         batch, options = self._batch((1, 16)), self.options
         files = self._files(options.many)
-        with self._deployments(1, options.budget) as (bank,):
-            feeds = _feeds(bank, *batch)
+        with self._deployment(options.budget) as bank:
+            feeds = token_feeds(bank, *batch)
             _load(bank, files[: options.many], progress=self.progress)
             rng = np.random.default_rng(0)
             many = [_draw(rng, options.many, batch[0]) for _ in range(4096)]
@@ -232,21 +245,12 @@ class _Run:
     def _batch(self, wanted: tuple[int, int]) -> tuple[int, int]:
         return wanted if wanted in self.options.batches else self.options.batches[0]
 
-    @contextmanager
-    def _deployments(self, count: int, adapters: int) -> Iterator[list[Deployment]]:
-        """``count`` sessions of the graph with slots, each with a bank of ``adapters`` rows."""
+    def _deployment(self, adapters: int) -> Deployment:
+        """The graph with slots, and a bank of ``adapters`` rows."""
         folder = open_folder(self.models.slots)
-        opened = []
-        for _ in range(count):
-            session = Session(folder.root / _MODEL, threads=self.options.threads)
-            widths = widths_of(folder, session.adapter_inputs, max_coefficients=COEFFICIENTS, max_labels=None)
-            budget = adapters * _row_bytes(session, widths)
-            opened.append(Deployment(folder, session, budget=budget, widths=widths))
-        try:
-            yield opened
-        finally:
-            for deployment in opened:
-                deployment.close()
+        session = Session(folder.root / _MODEL, threads=self.options.threads)
+        widths = widths_of(folder, session.adapter_inputs, max_coefficients=COEFFICIENTS, max_labels=None)
+        return Deployment(folder, session, budget=adapters * _row_bytes(session, widths), widths=widths)
 
     def _interleave(
         self,
@@ -255,17 +259,28 @@ class _Run:
         batch: tuple[int, int],
         *,
         before: Mapping[str, Variant] | None = None,
+        least: int = LEAST_ROUNDS,
     ) -> dict[str, Timed]:
         stage = f"{self.models.shape} {batch[0]}x{batch[1]} {', '.join(variants)}"
         seconds, progress = self.options.seconds, self.progress
-        return interleaved(variants, base=base, seconds=seconds, progress=progress, stage=stage, before=before)
+        return interleaved(
+            variants, base=base, seconds=seconds, least=least, progress=progress, stage=stage, before=before
+        )
 
     def _time(
-        self, batch: tuple[int, int], variants: Mapping[str, Variant], *, resident: Mapping[str, int] | None = None
+        self,
+        batch: tuple[int, int],
+        variants: Mapping[str, Variant],
+        openings: Openings[Any] | None,
+        *,
+        resident: Mapping[str, int] | None = None,
     ) -> None:
         # of different sessions: each variant finds the machine as it left it itself
         before = {name: _settled(variant) for name, variant in variants.items()}
-        for name, timed in self._interleave(variants, "base", batch, before=before).items():
+        least = LEAST_ROUNDS
+        if openings is not None:
+            before, least = openings.before(before, times=self.options.sessions), ROUNDS * self.options.openings
+        for name, timed in self._interleave(variants, "base", batch, before=before, least=least).items():
             count = (resident or {}).get(name)
             self._add(batch, name, timed, **({} if count is None else {"resident": count}))
 
@@ -374,16 +389,6 @@ def _draw(rng: np.random.Generator, count: int, rows: int) -> list[str]:
 
 def _name(i: int) -> str:
     return f"a{i:05d}"
-
-
-def _feeds(model: Session | Deployment, rows: int, tokens: int) -> Feeds:
-    rng = np.random.default_rng(0)
-    every = {
-        "input_ids": rng.integers(5, 900, (rows, tokens)),
-        "attention_mask": np.ones((rows, tokens), np.int64),
-        "token_type_ids": np.zeros((rows, tokens), np.int64),
-    }
-    return {name: every[name] for name in model.inputs}
 
 
 def _row_bytes(session: Session, widths: Mapping[str, int]) -> int:

@@ -2,7 +2,7 @@
 
 Everything runs through `Deployment.generator`, requests with names, the base too (the plain export, without slots);
 one step is timed, of rows that were filled anew right before and brought to the same length. Sessions take turns, are
-opened anew (`decode_rows`), and a variant runs untimed before it is timed, as in `bench_bank`. Answers are checked
+opened anew (`reopening`), and a variant runs untimed before it is timed, as in `bench_bank`. Answers are checked
 before anything is timed.
 """
 
@@ -14,15 +14,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ssh_deploy.errors import DependencyError, DeploymentError, UnknownNameError, near_misses
 from ssh_deploy.jobs.benching import Bench, describe_machine
-from ssh_deploy.jobs.decode_rows import ROUNDS, Openings, Rows, check_rows
+from ssh_deploy.jobs.decode_rows import Rows, check_rows, run_on
 from ssh_deploy.jobs.decoder_models import PRECISIONS, RANK, Decoders, find_decoders
 from ssh_deploy.jobs.progress import Progress, silent
+from ssh_deploy.jobs.reopening import ROUNDS, Openings
 from ssh_deploy.jobs.timing import Timed, Variant, interleaved
 from ssh_deploy.jobs.torch_decoding import TorchDecoder
 from ssh_deploy.runtimes.deployment import Deployment
@@ -133,14 +133,14 @@ class _Run:
         """A batch of many adapters against one row of one adapter."""
         names, tokens = _names(self.options.rows), self.options.context
         with self._openings(precision) as openings:
-            rows = {"one": openings.run("qv", names[:1], tokens), "together": openings.run("qv", names, tokens)}
+            rows = {"one": run_on(openings, "qv", names[:1], tokens), "together": run_on(openings, "qv", names, tokens)}
             self._time(precision, rows, openings, base="one", tokens=tokens)
 
     def peft(self, precision: str) -> None:
         """PEFT's LoRA in torch, one row, one token, against ours with an adapter on."""
         tokens = self.options.context
         with self._openings(precision) as openings:
-            ours = openings.run("qv", _names(1), tokens)
+            ours = run_on(openings, "qv", _names(1), tokens)
             try:
                 torch = TorchDecoder(self.models.checkpoint, tokens=tokens, threads=self.options.threads)
             except DependencyError as error:
@@ -175,7 +175,8 @@ class _Run:
         tokens = tokens or self.options.context
         with self._openings(precision) as openings:
             made = {
-                name: openings.run(
+                name: run_on(
+                    openings,
                     form,
                     _names(rows) if name.startswith("on") else [None] * rows,
                     tokens,
@@ -186,7 +187,7 @@ class _Run:
             check_rows(made["base"].deployments[0], made, precision)
             self._time(precision, made, openings, base="base", tokens=tokens, reading=reading)
 
-    def _openings(self, precision: str) -> Openings:
+    def _openings(self, precision: str) -> Openings[Deployment]:
         return Openings(lambda stack, form: self._open(stack, precision, form), self.options.sessions)
 
     def _open(self, stack: ExitStack, precision: str, form: str) -> Deployment:
@@ -203,7 +204,7 @@ class _Run:
         self,
         precision: str,
         rows: Mapping[str, Rows],
-        openings: Openings,
+        openings: Openings[Deployment],
         *,
         base: str,
         tokens: int,
@@ -223,17 +224,10 @@ class _Run:
         precision: str,
         variants: Mapping[str, Variant],
         before: Mapping[str, Variant],
-        openings: Openings,
+        openings: Openings[Deployment],
         *,
         base: str,
     ) -> dict[str, Timed]:
-        def ready(name: str, i: int) -> None:
-            if openings.renew(i):  # what runs for the first time is slower
-                for each in before.values():
-                    for k in range(2 * self.options.sessions):
-                        each(i + k)
-            before[name](i)
-
         return interleaved(
             variants,
             base=base,
@@ -241,7 +235,7 @@ class _Run:
             least=ROUNDS * self.options.openings,
             progress=self.progress,
             stage=f"{precision} {', '.join(variants)}",
-            before={name: partial(ready, name) for name in before},
+            before=openings.before(before, times=2 * self.options.sessions),
         )
 
     def _add(self, precision: str, variant: str, timed: Timed, *, rows: int, tokens: int, made: int) -> None:

@@ -27,7 +27,9 @@ from ssh_deploy.errors import DependencyError, OutputError, UnknownNameError, ne
 from ssh_deploy.graph.guard import CONTRACT
 from ssh_deploy.jobs.exporting import ExportOptions, export_model
 from ssh_deploy.jobs.progress import Progress, silent
+from ssh_deploy.runtimes.deployment import Deployment
 from ssh_deploy.runtimes.folder import Folder
+from ssh_deploy.runtimes.session import Session
 
 #: layers, hidden size, intermediate size, heads
 SHAPES = {"bert-base": (12, 768, 3072, 12), "minilm": (6, 384, 1536, 12), "pico": (2, 48, 96, 4)}
@@ -124,6 +126,17 @@ def random_adapter(folder: Folder, *, seed: int) -> Adapter:
         )
     settings = {"n": COEFFICIENTS, "delta_ratio": 0.0, "seed": seed}
     return Adapter("ssh", deltas, {}, "", Path("random"), fingerprint=folder.samples(), settings=settings)
+
+
+def token_feeds(model: Session | Deployment, rows: int, tokens: int) -> dict[str, NDArray[Any]]:
+    """What ``model`` reads: random tokens [rows, tokens], none of them padding."""
+    rng = np.random.default_rng(0)
+    every = {
+        "input_ids": rng.integers(5, 900, (rows, tokens)),
+        "attention_mask": np.ones((rows, tokens), np.int64),
+        "token_type_ids": np.zeros((rows, tokens), np.int64),
+    }
+    return {name: every[name] for name in model.inputs}
 
 
 def lora_arrays(shape: str, rank: int, form: str, *, seed: int = 0) -> dict[str, NDArray[np.float32]]:

@@ -1,21 +1,16 @@
-"""Rows of a batch on deployments that take turns and are opened anew now and then: what `bench decode` times.
-
-Where the weights of a session come to lie in memory moves its times by up to 3 %, as long as it is open, and who was
-opened first is the slower. So a figure is of several sessions of each model, after some rounds of others, opened in
-another order and warm.
-"""
+"""Rows of a batch on deployments that take turns: what `bench decode` times, and their answers checked."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from ssh_deploy.errors import VerificationError
+from ssh_deploy.jobs.reopening import Openings
 from ssh_deploy.runtimes.deployment import Deployment
 from ssh_deploy.runtimes.generator import Generator
 
@@ -25,8 +20,6 @@ _APART = 1e-3  # of the largest logit
 #: Of the largest logit: how far a row of a mixed batch may be from the same row alone. Quantised products of one row
 #: and of eight go through other kernels.
 _CLOSE = {"f32": 1e-4, "int8": 5e-2, "int4": 5e-2}
-#: Rounds that sessions are kept open for.
-ROUNDS = 16
 
 
 @dataclass(slots=True)
@@ -85,50 +78,13 @@ class Rows:
         self.step(i)
 
 
-@dataclass(slots=True)
-class Openings:
-    """Deployments by form, ``count`` of each, all opened anew after every `ROUNDS` rounds; a context.
-
-    ``opens`` opens one of a form into a stack. ``rows`` are those that run on them.
-    """
-
-    opens: Callable[[ExitStack, str], Deployment]
-    count: int
-    rows: list[Rows] = field(default_factory=list)
-    _opened: dict[str, list[Deployment]] = field(default_factory=dict, init=False)
-    _stack: ExitStack = field(default_factory=ExitStack, init=False)
-    _turn: int | None = field(default=None, init=False)
-
-    def __enter__(self) -> Openings:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def run(self, form: str, adapters: Sequence[str | None], tokens: int, *, stride: int = 1) -> Rows:
-        """Rows on the deployments of ``form``, as `Rows`."""
-        if form not in self._opened:
-            self._opened[form] = [self.opens(self._stack, form) for _ in range(self.count)]
-        self.rows.append(Rows(self._opened[form], adapters, tokens, stride))
-        return self.rows[-1]
-
-    def renew(self, i: int) -> bool:
-        """Whether round ``i`` is the first of its `ROUNDS`; all but the first time, everything was opened anew then."""
-        before, self._turn = self._turn, i // ROUNDS
-        if self._turn == before:
-            return False
-        if before is not None:
-            self._close()
-            places = [(form, k) for form, deployments in self._opened.items() for k in range(len(deployments))]
-            np.random.default_rng(i).shuffle(places)
-            for form, k in places:
-                self._opened[form][int(k)] = self.opens(self._stack, form)
-        return True
-
-    def _close(self) -> None:
-        for one in self.rows:
-            one.close()
-        self._stack.close()
+def run_on(
+    openings: Openings[Deployment], form: str, adapters: Sequence[str | None], tokens: int, *, stride: int = 1
+) -> Rows:
+    """Rows on the deployments of ``form`` that are open, closed before those are."""
+    rows = Rows(openings.of(form), adapters, tokens, stride)
+    openings.ending.append(rows.close)
+    return rows
 
 
 def check_rows(plain: Deployment, variants: Mapping[str, Rows], precision: str) -> None:

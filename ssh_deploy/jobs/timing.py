@@ -21,7 +21,9 @@ from ssh_deploy.jobs.progress import Progress, silent
 
 #: What is timed; round ``i`` is passed, so that a variant may use another session or another adapter each time.
 Variant = Callable[[int], object]
-_LEAST_ROUNDS, _DRAWS = 8, 1000
+#: Rounds before the first look at the intervals.
+LEAST_ROUNDS = 8
+_DRAWS = 1000
 _LOOK_AGAIN = 1.25  # a look costs as much as many rounds: the next comes after a quarter more of them
 
 
@@ -52,7 +54,7 @@ def interleaved(
     base: str,
     seconds: float = 600.0,
     width: float = 0.01,
-    least: int = _LEAST_ROUNDS,
+    least: int = LEAST_ROUNDS,
     seed: int = 0,
     progress: Progress = silent,
     stage: str = "time",

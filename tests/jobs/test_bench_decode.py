@@ -12,8 +12,9 @@ from ssh_deploy.cli.main import main
 from ssh_deploy.errors import DeploymentError, UnknownNameError, VerificationError
 from ssh_deploy.jobs import decode_rows
 from ssh_deploy.jobs.bench_decode import DecodeOptions, measure_decode, peak_bytes
-from ssh_deploy.jobs.decode_rows import ROUNDS, Openings, Rows, check_rows
+from ssh_deploy.jobs.decode_rows import Rows, check_rows, run_on
 from ssh_deploy.jobs.decoder_models import find_decoders
+from ssh_deploy.jobs.reopening import Openings
 
 HEADLINES = {
     "on_f32", "on_all7_f32", "off_f32", "mixed8_on_f32", "mixed8_speedup", "prefill_on_f32", "lora16_f32",
@@ -121,28 +122,18 @@ def test_deployments_take_turns_and_meet():
     assert len(set(zip(met[1], met[2], strict=True))) == 9
 
 
-def test_deployments_are_opened_anew_together_after_some_rounds_and_closed_in_the_end():
-    told, opened = [], []
+def test_rows_let_go_before_their_deployments_are_closed():
+    told = []
 
     def opens(stack, form):
-        opened.append(f"{form}{len(opened)}")
-        stack.callback(told.append, f"closed {opened[-1]}")
-        return Turn(opened[-1], told)
+        stack.callback(told.append, f"{form} closed")
+        return Turn(form, [])
 
-    with Openings(opens, 2) as openings:
-        rows = [openings.run("plain", [None], 4), openings.run("qv", [None], 4), openings.run("qv", ["a"], 4)]
-        assert opened == ["plain0", "plain1", "qv2", "qv3"]
-        for i in range(ROUNDS + 1):
-            assert [openings.renew(i) for _ in rows] == [i % ROUNDS == 0, False, False]
-            for each in rows:
-                each.fill(i)
-    assert sorted(name[:-1] for name in opened[4:]) == ["plain", "plain", "qv", "qv"]
-    began = [name for name in told if not name.startswith("closed")]
-    assert {*began[:-3]} == {*opened[:4]}
-    assert {*began[-3:]} <= {*opened[4:]}
-    assert sorted(name for name in told if name.startswith("closed")) == sorted(f"closed {name}" for name in opened)
-    closed = [i for i, name in enumerate(told) if name.startswith("closed")]
-    assert closed[:4] == list(range(len(began) - 3, len(began) + 1))  # between the rows of the first and the next
+    with Openings(opens, 1) as openings:
+        rows = run_on(openings, "qv", ["a"], 4)
+        rows.fill(0)
+        rows._generator.close = lambda: told.append("rows let go")
+    assert told == ["rows let go", "qv closed"]
 
 
 class Wrong:
