@@ -78,7 +78,7 @@ def test_a_sum_is_an_adapter_too(run):
 def test_how_many_fit(folder):
     words = ["run", str(folder), "--how-many-fit", "--memory", "1MiB", "--max-coefficients", "100"]
     found = json.loads(CliRunner().invoke(main, [*words, "--json"]).stdout)
-    spectrum, head = 2 * (100 * (2 + 2) + 4) + (11 + 9) * 2, 16 * 8 * 4 + 16 * 4
+    spectrum, head = 2 * (101 * (2 + 2) + 4) + (11 + 9) * 2, 16 * 8 * 4 + 16 * 4
     assert found["budget"] == 1 << 20
     assert found["adapter_bytes"] == {"hartley": spectrum, "cosine": spectrum}
     assert found["head_bytes"] == head
