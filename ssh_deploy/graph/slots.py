@@ -21,7 +21,7 @@ from ssh_deploy.graph.lowering import head as heads
 from ssh_deploy.graph.lowering import lowrank, sided, sparse, spectral_bank
 from ssh_deploy.graph.lowrank_rows import A, B, site_places, sites_by_width
 from ssh_deploy.graph.sites import Call, by_module, find_calls, groups_of, index_table, require_slots
-from ssh_deploy.graph.spectral_rows import AXES, ROW_POINTERS, block_counts
+from ssh_deploy.graph.spectral_rows import AXES, pointer_shapes
 from ssh_deploy.graph.structured_rows import SIDED
 from ssh_deploy.graph.structured_slots import map_inputs, sided_bank, sparse_bank
 from ssh_deploy.graph.tails import rename_output
@@ -174,9 +174,9 @@ def _spectral_bank(
         "cols": _input(graph, f"{prefix}cols", places, sides, none, plan),
     }
     pointers = {}
-    for width, count in block_counts(kind, [shape[0] for shape in shapes]).items():
-        rows, default = (f"{dims}adapters", count, width + 1), np.zeros((1, count, width + 1))
-        pointers[width] = _input(graph, f"{prefix}{ROW_POINTERS}{width}", ir.DataType.UINT16, rows, default, plan)
+    for name, (count, width) in pointer_shapes(kind, [shape[0] for shape in shapes]).items():
+        rows, default = (f"{dims}adapters", count, width), np.zeros((1, count, width))
+        pointers[width - 1] = _input(graph, name, ir.DataType.UINT16, rows, default, plan)
     cached = {name.rpartition(".")[0] for value in graph.inputs if (name := value.name or "").startswith(PAST)}
     return spectral_bank.prepare(
         emitter, kind, inputs, pointers, ids, like=graph.inputs[0], shapes=shapes, groups=groups, layers=len(cached)

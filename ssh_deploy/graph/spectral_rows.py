@@ -154,8 +154,7 @@ def broken_pointers(arrays: Mapping[str, NDArray[Any]], kind: str, outs: Sequenc
 
 def no_pointers(kind: str, outs: Sequence[int]) -> Arrays:
     """Row pointers by input name of an adapter without coefficients."""
-    counts = block_counts(kind, outs)
-    return {f"{AXES[kind]}{ROW_POINTERS}{width}": np.zeros((n, width + 1), np.uint16) for width, n in counts.items()}
+    return {name: np.zeros(shape, np.uint16) for name, shape in pointer_shapes(kind, outs).items()}
 
 
 def _put_pointers(
@@ -178,9 +177,12 @@ def sites_by_block(kind: str, outs: tuple[int, ...]) -> dict[int, list[int]]:
     return dict(sorted(found.items()))
 
 
-def block_counts(kind: str, outs: Sequence[int]) -> dict[int, int]:
-    """How many blocks of each width there are."""
-    return {width: sum(outs[site] // width for site in own) for width, own in sites_by_block(kind, tuple(outs)).items()}
+def pointer_shapes(kind: str, outs: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """(blocks, width+1) of the row pointers by input name, in ascending order of the widths."""
+    return {
+        f"{AXES[kind]}{ROW_POINTERS}{width}": (sum(outs[site] // width for site in members), width + 1)
+        for width, members in sites_by_block(kind, tuple(outs)).items()
+    }
 
 
 @lru_cache(maxsize=64)

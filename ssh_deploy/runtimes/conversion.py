@@ -23,7 +23,7 @@ from ssh_deploy.checkpoints.names import match_modules
 from ssh_deploy.deltas.spectral import SpectralDelta
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
-from ssh_deploy.graph.spectral_rows import AXES, broken_pointers, no_pointers, output_order, spare
+from ssh_deploy.graph.spectral_rows import AXES, broken_pointers, output_order, pointer_shapes, spare
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
@@ -196,8 +196,8 @@ def _check_places(path: Path, rows: Rows, prefix: str, sites: tuple[SiteEntry, .
 def _check_pointers(path: Path, rows: Rows, kind: str, sites: tuple[SiteEntry, ...]) -> None:
     """Refuse row pointers that lead anywhere but once through the coefficients."""
     outs = [site.out for site in sites]
-    values, none = rows.get(f"{AXES[kind]}values"), no_pointers(kind, outs)
-    fits = all(name in rows and rows[name].shape == array.shape for name, array in none.items())
+    values, shapes = rows.get(f"{AXES[kind]}values"), pointer_shapes(kind, outs)
+    fits = all(name in rows and rows[name].shape == shape for name, shape in shapes.items())
     if values is None or values.ndim != 2 or not fits:
         return  # the bank's own check names what is wrong with it
     n = max(values.shape[1] - spare(kind), 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -213,7 +214,7 @@ class _Sites:
     @property
     def firsts(self) -> list[int]:
         """First site of every group."""
-        return [sum(self.groups[:i]) for i in range(len(self.groups))]
+        return [0, *accumulate(self.groups[:-1])]
 
     @property
     def within(self) -> list[int]:
