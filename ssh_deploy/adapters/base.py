@@ -163,12 +163,18 @@ def _sound(stack: Stack[str]) -> bool:
         return False
     if not rows.size:
         return True
-    if min(rows.min(), cols.min()) < 0 or rows.max() >= out or cols.max() >= inn:
+    negative = rows.dtype.kind != "u" and min(rows.min(), cols.min()) < 0
+    if negative or rows.max() >= out or cols.max() >= inn:
         return False
     # beyond 2³² numbers this wraps: equal places stay equal, and of a false alarm the definition disposes
-    flat = rows.astype(np.uint32) * np.uint32(inn) + cols.astype(np.uint32)
-    flat.sort(axis=-1)
-    return bool((flat[:, 1:] != flat[:, :-1]).all()) and finite(stack.values)
+    flat = rows.astype(np.uint32)
+    flat *= np.uint32(inn)
+    flat += cols.astype(np.uint32)
+    if not (flat[:, 1:] > flat[:, :-1]).all():  # as most writers leave them
+        flat.sort(axis=-1)
+        if (flat[:, 1:] == flat[:, :-1]).any():
+            return False
+    return finite(stack.values)
 
 
 def finite(values: NDArray[Any]) -> bool:

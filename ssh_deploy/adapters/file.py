@@ -117,7 +117,7 @@ def _fields(file: SafeFile) -> dict[str, Any]:
 
 
 def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
-    path = file.path
+    path, text = file.path, str(file.path)
     family = _one_of(path, fields, "family", sorted(families()))
     transform = _one_of(path, fields, "transform", transform_names())
     norm = {v: k for k, v in SCALINGS.items()}[_one_of(path, fields, "scaling", sorted(SCALINGS.values()))]
@@ -129,7 +129,7 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
     left = set(file.tensors)
     deltas: dict[str, SpectralDelta] = {}
     for module, shape in modules.items():
-        where = f"{path}: {module}"
+        where = f"{text}: {module}"
         sides = check_shape(where, tuple(shape) if isinstance(shape, list) else ())
         values = _take(path, file, f"spectral.{module}.values", left)
         rows = _take(path, file, f"spectral.{module}.rows", left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 from ssh_deploy.adapters.base import Adapter, Shapes
@@ -22,12 +23,14 @@ def read_adapter(path: str | Path, *, shapes: Shapes | None = None) -> Adapter:
         RegistryError: of a family that is not installed.
     """
     path = Path(path)
-    if path.is_dir():
-        return read_folder(path, shapes=shapes)
-    if not path.exists():
+    try:
+        found = path.stat()
+    except OSError as error:
         raise AdapterFileError(
             f"{path}: no such file or folder.", hint="Give a compact .safetensors file or a PEFT folder."
-        )
+        ) from error
+    if stat.S_ISDIR(found.st_mode):
+        return read_folder(path, shapes=shapes)
     if path.name in (CONFIG, "adapter_model.safetensors"):
         return read_folder(path.parent, shapes=shapes)
     return read_file(path)

@@ -163,9 +163,10 @@ def _put_pointers(
     """Put ``pointers`` [sites, out+1] of ``sites``, all of one out, into their blocks."""
     out = pointers.shape[1] - 1
     _, width = form(kind, out)
-    within = np.arange(0, out, width)[:, None] + np.arange(width + 1)
+    blocks = arrays[f"{AXES[kind]}{ROW_POINTERS}{width}"]
     places = _first_blocks(kind, tuple(outs))[sites, None] + np.arange(out // width)
-    arrays[f"{AXES[kind]}{ROW_POINTERS}{width}"][places] = pointers[:, within]
+    blocks[places, :-1] = pointers[:, :-1].reshape(*places.shape, width)
+    blocks[places, -1] = pointers[:, width::width]
 
 
 @lru_cache(maxsize=64)
@@ -200,11 +201,12 @@ def form(kind: str, out: int) -> tuple[int, int]:
     return q, q if p == 1 else 2 * q
 
 
-def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64], float]:
+def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[Any], float]:
     """Values [sites, n], row pointers [sites, out+1], columns [sites, n], and the factor of joint spectra's expansion.
 
     Sorted by row, column, place in the file. All three are packed into one integer: numpy sorts integers an order of
-    magnitude faster than it finds the order of several keys, and they come back out of it sorted.
+    magnitude faster than it finds the order of several keys, and they come back out of it sorted. (`take` is twice as
+    fast as indexing.)
     """
     spectrum = stack.separable()
     sites, n = spectrum.rows.shape
@@ -214,18 +216,23 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
             f"{n} coefficients in a weight of {stack.shape[0]}×{stack.shape[1]} are more than 63 bits can number.",
             hint="No weight is that large; the adapter and the folder are forged.",
         )
-    down, across = (output_order(axis, size)[1] for size in stack.shape)
-    packed = down[spectrum.rows]
-    packed <<= inner  # in place: new arrays of this size cost more than what is done to them
-    packed |= across[spectrum.cols]
-    packed <<= last
-    packed |= np.arange(n)
+    word = np.uint32 if top + inner + last <= 32 else np.int64  # half the bits are sorted in less than half the time
+    packed = _numbered(axis, stack.shape[0], inner + last, word).take(spectrum.rows)
+    packed |= _numbered(axis, stack.shape[1], last, word).take(spectrum.cols)
+    packed |= np.arange(n).astype(word)
     packed.sort(axis=-1)
-    values = spectrum.values.reshape(-1)[(packed & ((1 << last) - 1)) + np.arange(sites)[:, None] * n]
-    packed >>= last
-    cols = packed & ((1 << inner) - 1)
-    packed >>= inner
+    places = (packed & word((1 << last) - 1)).astype(np.int64) + np.arange(sites)[:, None] * n
+    values = spectrum.values.reshape(-1).take(places)
+    packed >>= word(last)
+    cols = packed & word((1 << inner) - 1)
+    packed >>= word(inner)
     return values, row_pointers(packed, stack.shape[0]), cols, spectrum.factor
+
+
+@lru_cache(maxsize=64)
+def _numbered(axis: str, n: int, bits: int, word: type[np.integer[Any]]) -> NDArray[np.integer[Any]]:
+    """Output order of the graph's transform of length ``n``, ``bits`` further up in a ``word``."""
+    return (output_order(axis, n)[1].astype(word) << word(bits)).astype(word)
 
 
 @lru_cache(maxsize=64)

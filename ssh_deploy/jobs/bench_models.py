@@ -114,7 +114,7 @@ def random_adapter(folder: Folder, *, seed: int) -> Adapter:
         total = site.out * site.inn
         n = min(COEFFICIENTS, total // 2)
         places = np.unique(rng.integers(0, total, 2 * n + 16))
-        places = rng.permutation(places)[:n]
+        places = np.sort(rng.permutation(places)[:n])  # ascending, as `convert` writes them
         rows, cols = np.divmod(places, site.inn)
         dtype = np.uint16 if max(site.out, site.inn) <= 1 << 16 else np.uint32
         # root mean square of ΔW = α/(MN) C S C is α √n / (MN) times that of the values; a file has one α

@@ -270,7 +270,7 @@ class Catalogue:
                 f"{entry.name}: its file {entry.source.path} is gone, and it is not resident any more.",
                 hint=f"Put the file back, or `.unload({entry.name!r})`.",
             )
-        fresh, seen = self._reader.shared(entry.source, reading.rides)
+        fresh, seen = self._reader.shared(entry.source, signature, reading.rides)
         reading.fetched[fresh.digest] = fresh
         with self._changed:
             self._learn(entry, replace(fresh, kinds={}), seen)
@@ -287,7 +287,8 @@ class Catalogue:
             numbers = {}
             for name, look in looks.items():
                 found = look.wanted.loaded or self._residents.copy(look.wanted.digest)
-                numbers[name] = found or self._reader.shared(look.entries[0][0].source, reading.rides)[0]
+                source = look.entries[0][0].source
+                numbers[name] = found or self._reader.shared(source, source.signature(), reading.rides)[0]
                 if numbers[name].digest != look.wanted.digest:  # it changed since it was looked at
                     return self._look_at_sum(text, expression, reading)
             reading.fetched[digest] = combine(text, expression, numbers, digest, outs=self._outs)

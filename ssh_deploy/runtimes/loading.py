@@ -84,7 +84,7 @@ def read_source(
             task=None if known is None else known.task,
             verified=None if known is None else known.verified,
         )  # fmt: skip
-    adapter = read_adapter(source, shapes=_SiteShapes(folder))
+    adapter = read_adapter(source, shapes=_site_shapes(folder))
     verified = _verified(adapter, folder)
     kinds = rows_of_adapter(adapter, folder, inputs, rename=rename)
     return _loaded(
@@ -163,6 +163,12 @@ def _warn_unverified(source: Path, base: str) -> None:
 def _samples(folder: Folder) -> Fingerprint | None:
     """The folder's samples, read and checked once for as long as it is open (and a few others)."""
     return folder.samples()
+
+
+@lru_cache(maxsize=8)
+def _site_shapes(folder: Folder) -> _SiteShapes:
+    """Made once for as long as the folder is open (and a few others)."""
+    return _SiteShapes(folder)
 
 
 class _SiteShapes(Mapping[str, tuple[int, int]]):

@@ -38,8 +38,9 @@ class Source:
     @classmethod
     def at(cls, path: Path) -> Source:
         """The source at ``path``; a file of a PEFT folder stands for the folder."""
-        path = Path(os.path.abspath(path))  # noqa: PTH100 - links stay: one that is turned elsewhere is a change
-        return cls(str(path.parent if path.name in (CONFIG, WEIGHTS) else path))
+        whole = os.path.abspath(path)  # noqa: PTH100 - links stay: one that is turned elsewhere is a change
+        parent, name = os.path.split(whole)
+        return cls(parent if name in (CONFIG, WEIGHTS) else whole)
 
     def signature(self) -> Signature:
         """Of its present state; None when it is not there."""
@@ -73,33 +74,35 @@ class Reader:
         self._lock = threading.Lock()
         self._flights: dict[Hashable, _Flight] = {}
 
-    def read(self, source: Source) -> tuple[Loaded, Signature]:
+    def read(self, source: Source, before: Signature) -> tuple[Loaded, Signature]:
         """The adapter, and the signature it has as long as it does not change; None when that is not certain yet.
+
+        ``before``: its signature now.
 
         Raises:
             DeploymentError: it changes all the time. What `read_source` raises.
         """
         for _ in range(_TRIES):
-            before = source.signature()
             loaded = read_source(
                 self._folder,
                 self._inputs,
                 stored=source.stored,
                 path=None if source.stored else Path(source.path),
             )
-            now = time.time_ns()
-            if before == source.signature():
+            now, after = time.time_ns(), source.signature()
+            if before == after:
                 return loaded, None if _is_young(before, now) else before
+            before = after
         raise DeploymentError(f"{source.path}: changes while it is read.", hint="Write it elsewhere and rename it.")
 
-    def shared(self, source: Source, rides: list[Callable[[], None]]) -> tuple[Loaded, Signature]:
+    def shared(self, source: Source, signature: Signature, rides: list[Callable[[], None]]) -> tuple[Loaded, Signature]:
         """`read`, together with whoever reads the same state of ``source`` now.
 
         Args:
             source: to read.
+            signature: of its present state.
             rides: gets a function to call when the result has been made use of; until then others may share it.
         """
-        signature = source.signature()
         key: Hashable = object() if _is_young(signature, time.time_ns()) else (source.path, signature)
         with self._lock:
             flight = self._flights.get(key)
@@ -110,7 +113,7 @@ class Reader:
         rides.append(lambda: self._leave(key, flight))
         if first:
             try:
-                flight.result = self.read(source)
+                flight.result = self.read(source, signature)
             except BaseException as error:
                 flight.error = error
                 raise

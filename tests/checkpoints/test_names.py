@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ssh_deploy.checkpoints.fingerprint import Fingerprint
 from ssh_deploy.checkpoints.index import open_checkpoint
 from ssh_deploy.checkpoints.names import canonical, match_modules
 from ssh_deploy.checkpoints.orientation import is_transposed, site_shape, site_weight
@@ -154,3 +155,7 @@ def test_fingerprint_of_conv1d_is_in_out_in_order(pico):
     assert site.shape == (192, 48)
     first_row = site_weight(checkpoint, "h.0.mlp.c_fc")[0]
     assert float(site.values[0]) in first_row.astype(ml_dtypes.bfloat16).astype(float)
+
+
+def test_fingerprints_without_sites_say_nothing_of_the_base():
+    assert Fingerprint("bert", {}).differences(Fingerprint("bert", {})) == ["no site in common"]

@@ -5,7 +5,9 @@ import mmap
 
 import numpy as np
 import pytest
-from safetensors.numpy import save, save_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load, save, save_file
 
 from ssh_deploy.adapters.file import read_file, write_file
 from ssh_deploy.checkpoints import safefile
@@ -138,3 +140,32 @@ def test_long_tables_are_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(safefile, "_KEPT", 10)
     path = raw_file(tmp_path / "a", json.dumps({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}))
     assert opened(path).header is not opened(path).header
+
+
+SHAPES = st.sampled_from([(), (0,), (3,), (3,), (2, 3), (0, 4), (1,)])
+ARRAYS = st.lists(st.tuples(SHAPES, st.sampled_from([np.float16, np.uint16, np.int64])), max_size=8)
+
+
+@settings(max_examples=100, deadline=None)
+@given(kinds=ARRAYS, turned=st.booleans())
+def test_tensors_are_what_safetensors_reads(tmp_path_factory, kinds, turned):
+    """Also tensors alike and side by side, without numbers, without sides, and listed against their order."""
+    rng = np.random.default_rng(0)
+    tensors = {f"t{i}": np.array(rng.integers(0, 99, shape)).astype(dtype) for i, (shape, dtype) in enumerate(kinds)}
+    data = save(tensors)
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    listed = dict(reversed(header.items())) if turned else header
+    file = opened(raw_file(tmp_path_factory.mktemp("file") / "a", json.dumps(listed), data[8 + length :]))
+    assert list(file.tensors) == list(listed)
+    for name, want in load(data).items():
+        got = file.tensors[name]
+        assert (got.shape, got.dtype, got.flags.writeable) == (want.shape, want.dtype, False)
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [[0, 1 << 47, 1 << 47], [1 << 40, 0], [2, 0, 1 << 39]])
+def test_long_sides_beside_a_side_of_none(tmp_path, shape):
+    header = json.dumps({"a": {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]}})
+    with pytest.raises(AdapterFileError, match="'a' declares F16"):
+        opened(raw_file(tmp_path / "a", header, b""))

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssh_deploy.graph.spectral_rows import broken_pointers, no_pointers, pointers_by_site, pointers_of, rows_of, spare
+from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.graph.spectral_rows import (
+    broken_pointers,
+    no_pointers,
+    output_order,
+    pointers_by_site,
+    pointers_of,
+    rows_of,
+    spare,
+    spectrum_rows,
+)
 
 #: outs whose rows are one block (5, 24), two of 24 (48), two of 18 (36)
 OUTS = st.lists(st.sampled_from([5, 24, 36, 48]), min_size=1, max_size=6)
@@ -58,3 +68,24 @@ def test_pointers_that_lead_nowhere_are_found(place, value):
     assert arrays["adapter_row_pointers.24"][place] != value
     arrays["adapter_row_pointers.24"][place] = value
     assert broken_pointers(arrays, "hartley", outs, rows.shape[1]) == "adapter_row_pointers.24"
+
+
+@pytest.mark.parametrize(("shape", "n"), [((48, 64), 300), ((64, 8192), 20_000)])
+def test_coefficients_lie_in_the_order_of_the_graphs_transforms(shape, n):
+    """By row, column and place in the file; numbers of 32 bits hold all three (6+6+9), or do not (6+13+15)."""
+    rng = np.random.default_rng(0)
+    deltas = {}
+    for site in (0, 2):
+        rows, cols = np.divmod(rng.choice(shape[0] * shape[1], n, replace=False), shape[1])
+        values = rng.normal(size=n).astype(np.float16)
+        deltas[site] = SpectralDelta(shape, "hartley", rows, cols, values, 3.0, "ortho")
+    sites, places = [("m", shape[1], shape[0])] * 3, np.dtype(np.uint16)
+    found = spectrum_rows("a", "hartley", deltas, sites, values=np.dtype(np.float16), places=places)
+    own = rows_of(found, "hartley", [shape[0]] * 3)
+    for site, delta in deltas.items():
+        down, across = (output_order("hartley", size)[1] for size in shape)
+        order = np.lexsort([np.arange(n), across[delta.cols], down[delta.rows]])
+        np.testing.assert_array_equal(own[site, :n], down[delta.rows][order])
+        np.testing.assert_array_equal(found["adapter_cols"][site, :n], across[delta.cols][order])
+        np.testing.assert_array_equal(found["adapter_values"][site, :n], delta.values[order])
+    assert not any(found[name][1].any() for name in ("adapter_values", "adapter_cols", "adapter_scales"))
