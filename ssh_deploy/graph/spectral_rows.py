@@ -105,8 +105,9 @@ def spare(kind: str) -> int:
 def row_pointers(rows: NDArray[np.integer[Any]], out: int) -> NDArray[np.int64]:
     """Pointers [sites, out+1] into ``rows`` [sites, n], which ascend."""
     sites = len(rows)
-    flat = rows + np.arange(sites, dtype=np.int64)[:, None] * out
-    counts = np.bincount(flat.reshape(-1), minlength=sites * out).reshape(sites, out)
+    flat = (rows + np.arange(sites, dtype=np.int64)[:, None] * out).reshape(-1)
+    counts = np.bincount(flat, minlength=sites * out).reshape(sites, out)
+    del flat
     pointers = np.zeros((sites, out + 1), np.int64)
     np.cumsum(counts, axis=1, out=pointers[:, 1:])
     return pointers
@@ -220,13 +221,17 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
     packed = _numbered(axis, stack.shape[0], inner + last, word).take(spectrum.rows)
     packed |= _numbered(axis, stack.shape[1], last, word).take(spectrum.cols)
     packed |= np.arange(n).astype(word)
+    values, factor = spectrum.values, spectrum.factor
+    del spectrum  # the next arrays lie where it lay: after a run of the model no other memory is in a cache
     packed.sort(axis=-1)
-    places = (packed & word((1 << last) - 1)).astype(np.int64) + np.arange(sites)[:, None] * n
-    values = spectrum.values.reshape(-1).take(places)
+    places = (packed & word((1 << last) - 1)).astype(np.int64)
+    places += np.arange(sites)[:, None] * n
+    values = values.reshape(-1).take(places)
+    del places
     packed >>= word(last)
     cols = packed & word((1 << inner) - 1)
     packed >>= word(inner)
-    return values, row_pointers(packed, stack.shape[0]), cols, spectrum.factor
+    return values, row_pointers(packed, stack.shape[0]), cols, factor
 
 
 @lru_cache(maxsize=64)
