@@ -170,7 +170,7 @@ def _sound(stack: Stack[str]) -> bool:
     flat = rows.astype(np.uint32)
     flat *= np.uint32(inn)
     flat += cols.astype(np.uint32)
-    if not (flat[:, 1:] > flat[:, :-1]).all():  # as most writers leave them
+    if not (flat[:, 1:] > flat[:, :-1]).all():  # ascending, as FORMAT.md wants them, they are distinct
         flat.sort(axis=-1)
         if (flat[:, 1:] == flat[:, :-1]).any():
             return False

@@ -25,7 +25,7 @@ def read_adapter(path: str | Path, *, shapes: Shapes | None = None) -> Adapter:
     path = Path(path)
     try:
         found = path.stat()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         raise AdapterFileError(
             f"{path}: no such file or folder.", hint="Give a compact .safetensors file or a PEFT folder."
         ) from error

@@ -107,7 +107,7 @@ def row_pointers(rows: NDArray[np.integer[Any]], out: int) -> NDArray[np.int64]:
     sites = len(rows)
     flat = (rows + np.arange(sites, dtype=np.int64)[:, None] * out).reshape(-1)
     counts = np.bincount(flat, minlength=sites * out).reshape(sites, out)
-    del flat
+    del flat  # see `_ordered`
     pointers = np.zeros((sites, out + 1), np.int64)
     np.cumsum(counts, axis=1, out=pointers[:, 1:])
     return pointers

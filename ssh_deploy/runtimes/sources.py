@@ -51,7 +51,7 @@ class Source:
             with os.scandir(self.path) as entries:
                 stats = [entry.stat() for entry in sorted(entries, key=lambda e: e.name) if entry.is_file()]
             return tuple(number for s in stats for number in (s.st_ino, s.st_size, s.st_mtime_ns))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: a name with a null byte
             return None
 
 

@@ -413,7 +413,7 @@ def test_an_adapter_without_fingerprint_where_one_is_required(pico, tmp_path):
         fit(tmp_path / "a.safetensors", open_checkpoint(pico("bert")), require_fingerprint=True)
 
 
-@pytest.mark.parametrize("name", ["no.safetensors", "no-folder"])
+@pytest.mark.parametrize("name", ["no.safetensors", "no-folder", "null\0byte"])
 def test_nothing_there(tmp_path, name):
     with pytest.raises(AdapterFileError, match=r"no such file or folder.*\n.*compact"):
         read_adapter(tmp_path / name)

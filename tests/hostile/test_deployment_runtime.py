@@ -260,7 +260,8 @@ def test_files_that_are_no_adapters(folder, tmp_path):
         (tmp_path / name).write_bytes(content)
         refused(lambda name=name: deployment.load("x", tmp_path / name), DeployError, name)
     refused(lambda: deployment.load("x", tmp_path / "none.onnx_adapter"), DeploymentError, "no such file")
-    refused(lambda: deployment.load("x", tmp_path / "none"), AdapterFileError, "no such file")
+    for name in ("none", "null\0byte"):
+        refused(lambda name=name: deployment.load("x", tmp_path / name), AdapterFileError, "no such file")
 
 
 def test_orders_of_another_release(folder, tmp_path):
