@@ -10,10 +10,10 @@ checked before anything is timed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from ssh_deploy.jobs.bench_models import (
 from ssh_deploy.jobs.benching import Bench, describe_machine, resident_bytes
 from ssh_deploy.jobs.progress import Progress, silent
 from ssh_deploy.jobs.reopening import ROUNDS, Openings
-from ssh_deploy.jobs.timing import LEAST_ROUNDS, Timed, Variant, interleaved
+from ssh_deploy.jobs.timing import LEAST_ROUNDS, Timed, Variant, interleaved, spun_down
 from ssh_deploy.runtimes.answers import Adapters
 from ssh_deploy.runtimes.bank import inputs_by_kind, row_bytes
 from ssh_deploy.runtimes.budget import widths_of
@@ -46,7 +46,6 @@ PARTS = ("ratios", "lora", "resident", "swap", "thrash")
 COLUMNS = ("shape", "batch", "variant", "resident", "ms", "ratio", "low", "high", "cpu_ratio", "rounds")
 _RANKS = (8, 16)
 _MODEL = "model.onnx"
-_SPIN = 0.1  # seconds
 _CLOSE, _APART = 1e-5, 1e-3  # of the largest number of the answer
 
 Feeds = dict[str, NDArray[Any]]
@@ -276,7 +275,7 @@ class _Run:
         resident: Mapping[str, int] | None = None,
     ) -> None:
         # of different sessions: each variant finds the machine as it left it itself
-        before = {name: _settled(variant) for name, variant in variants.items()}
+        before: dict[str, Variant] = {name: partial(spun_down, variant) for name, variant in variants.items()}
         least = LEAST_ROUNDS
         if openings is not None:
             before, least = openings.before(before, times=self.options.sessions), ROUNDS * self.options.openings
@@ -348,21 +347,6 @@ def _summarise(bench: Bench, options: BankOptions) -> None:
         **{f"lora{rank}_on_8x64": find(f"lora{rank}_bank", "ratio", "8x64") for rank in _RANKS},
     }
     bench.summary |= {key: value for key, value in found.items() if value is not None}
-
-
-def _settled(variant: Variant) -> Variant:
-    """``variant`` again and again until the threads of the session that ran last have stopped spinning.
-
-    onnxruntime's threads wait for work in a loop, for some 40 ms, and take a core from whoever comes next.
-    """
-
-    def run(i: int) -> None:
-        until = time.perf_counter() + _SPIN
-        variant(i)
-        while time.perf_counter() < until:
-            variant(i)
-
-    return run
 
 
 def _plain(sessions: Sequence[Session], feeds: Feeds) -> Variant:

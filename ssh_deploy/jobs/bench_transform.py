@@ -22,7 +22,7 @@ from ssh_deploy.errors import DependencyError, VerificationError
 from ssh_deploy.jobs.benching import Bench, describe_machine
 from ssh_deploy.jobs.merge_plan import chosen_device
 from ssh_deploy.jobs.progress import Progress, silent
-from ssh_deploy.jobs.timing import Timed, Variant, interleaved
+from ssh_deploy.jobs.timing import Timed, Variant, interleaved, spun_down
 from ssh_deploy.transforms.cpu import add_synthesis
 
 if TYPE_CHECKING:
@@ -108,10 +108,7 @@ def _settled(variant: Variant) -> Variant:
 
     def settle(i: int) -> None:
         time.sleep(_SPIN)
-        until = time.perf_counter() + _SPIN
-        variant(i)
-        while time.perf_counter() < until:
-            variant(i)
+        spun_down(variant, i, seconds=_SPIN)
 
     return settle
 

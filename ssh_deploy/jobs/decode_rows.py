@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +10,10 @@ import numpy as np
 
 from ssh_deploy.errors import VerificationError
 from ssh_deploy.jobs.reopening import Openings
+from ssh_deploy.jobs.timing import spun_down
 from ssh_deploy.runtimes.deployment import Deployment
 from ssh_deploy.runtimes.generator import Generator
 
-_SPIN = 0.1  # seconds: onnxruntime's threads wait for work in a loop, and take a core from whoever comes next
 _ENDLESS = 1 << 20
 _APART = 1e-3  # of the largest logit
 #: Of the largest logit: how far a row of a mixed batch may be from the same row alone. Quantised products of one row
@@ -57,19 +56,13 @@ class Rows:
 
     def ready_to_decode(self, i: int) -> None:
         """Filled, prompts read, and stepped until other sessions' threads have stopped."""
-        until = time.perf_counter() + _SPIN
         self.fill(i)
         self.step(i)
-        self.step(i)
-        while time.perf_counter() < until:
-            self.step(i)
+        spun_down(self.step, i)
 
     def ready_to_read(self, i: int) -> None:
         """Prompts read until other sessions' threads have stopped, then filled again."""
-        until = time.perf_counter() + _SPIN
-        self.ready_once(i)
-        while time.perf_counter() < until:
-            self.ready_once(i)
+        spun_down(self.ready_once, i)
         self.fill(i)
 
     def ready_once(self, i: int) -> None:

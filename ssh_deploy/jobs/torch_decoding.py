@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 from ssh_deploy.errors import DependencyError
 from ssh_deploy.jobs.decoder_models import RANK
-
-_SPIN = 0.1  # seconds
+from ssh_deploy.jobs.timing import spun_down
 
 
 class TorchDecoder:
@@ -41,11 +39,8 @@ class TorchDecoder:
 
     def ready(self, i: int) -> None:
         """The cache holds the prompt; stepped until other sessions' threads have stopped."""
-        until = time.perf_counter() + _SPIN
         self._read()
-        self.step(i)
-        while time.perf_counter() < until:
-            self.step(i)
+        spun_down(self.step, i)
 
     def step(self, i: int) -> None:
         """One token more."""

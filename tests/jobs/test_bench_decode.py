@@ -83,7 +83,7 @@ def test_what_is_timed_is_one_token_of_each_row_at_the_same_length(models, monke
         "run_kept",
         lambda self, feeds, *a, **k: shapes.append(feeds["input_ids"].shape) or run(self, feeds, *a, **k),
     )
-    monkeypatch.setattr(decode_rows, "_SPIN", 0.0)
+    monkeypatch.setattr(decode_rows, "spun_down", lambda variant, i: variant(i))
     with Deployment.open(models.folder("plain"), threads=1) as deployment:
         rows = Rows([deployment], [None] * 3, 4)
         rows.ready_to_decode(0)

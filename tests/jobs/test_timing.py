@@ -139,3 +139,18 @@ def test_what_comes_before_is_not_timed_and_comes_right_before():
     assert all(names[i - 1] == "warm x" for i, name in enumerate(names) if name == "x")
     assert names.count("warm x") == names.count("x")
     assert "warm base" not in names
+
+
+def test_what_ran_before_has_stopped_when_a_variant_was_spun_down(monkeypatch):
+    """A short variant runs again and again, a long one once, always in its own round."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    for takes, times in ((0.03, 4), (0.5, 1)):
+        rounds = []
+
+        def variant(i, takes=takes, rounds=rounds):
+            rounds.append(i)
+            now[0] += takes
+
+        timing.spun_down(variant, 7)
+        assert rounds == [7] * times
