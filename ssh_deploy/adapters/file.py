@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectra, is_finite_number
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
-from ssh_deploy.checkpoints.safefile import SafeFile, open_safefile
+from ssh_deploy.checkpoints.safefile import SafeFile, canonical_json, open_safefile
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.replaced import ReplacedModule
 from ssh_deploy.deltas.spectral import NORMS, SpectralDelta
@@ -93,17 +93,14 @@ def write_file(adapter: Adapter, path: Path, *, values_dtype: Any = np.float16, 
 
 def content_digest(metadata: Mapping[str, str], table: Mapping[str, Any], payload: memoryview) -> str:
     """sha256 (hex) over the canonical JSON of metadata (without ``sha256``) and tensor table, then the payload."""
-    return _digest(metadata, _canonical(dict(table)), payload)
+    return _digest(metadata, canonical_json(dict(table)), payload)
 
 
 def _digest(metadata: Mapping[str, str], table: str, payload: memoryview) -> str:
-    head = _canonical({k: v for k, v in metadata.items() if k != "sha256"})
+    head = canonical_json({k: v for k, v in metadata.items() if k != "sha256"})
     digest = hashlib.sha256(f"[{head},{table}]".encode())
     digest.update(payload)
     return digest.hexdigest()
-
-
-_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
 
 def _fields(file: SafeFile) -> dict[str, Any]:
@@ -173,29 +170,25 @@ def _fingerprint(file: SafeFile, fields: dict[str, Any], left: set[str]) -> Fing
     path = file.path
     if not isinstance(stored, dict) or not isinstance(stored.get("architecture"), str):
         raise AdapterFileError(f"{path}: fingerprint names no architecture.", hint="The file is forged.")
-    sites, samples, text = [], [], str(path)
+    sites, text = [], str(path)
     for site, shape in _object(path, stored, "sites").items():
         where = f"{text}: fingerprint of {site}"
         values = _take(path, file, f"fingerprint.{site}", left)
         sides = check_shape(where, tuple(shape) if isinstance(shape, list) else ())
         if values.dtype != _BF16 or values.shape != (min(SAMPLES, sides[0] * sides[1]),):
             raise AdapterFileError(f"{where} is {values.dtype} {values.shape}.", hint="The file is forged.")
-        sites.append((site, sides))
-        samples.append(values.tobytes())
-    fingerprint = _fingerprint_of(stored["architecture"], tuple(sites), b"".join(samples))
+        sites.append((site, sides, values.tobytes()))
+    fingerprint = _fingerprint_of(stored["architecture"], tuple(sites))
     if fingerprint.sha256 != stored.get("sha256"):
         raise AdapterFileError(f"{path}: fingerprint samples do not have its sha256.", hint="The file is forged.")
     return fingerprint
 
 
 @lru_cache(maxsize=64)
-def _fingerprint_of(architecture: str, sites: tuple[tuple[str, tuple[int, int]], ...], data: bytes) -> Fingerprint:
-    """Of (name, sides) and the samples of one after the other; made, and hashed, once for all adapters of one base."""
-    values, start, found = np.frombuffer(data, _BF16), 0, {}
-    for name, sides in sites:
-        stop = start + min(SAMPLES, sides[0] * sides[1])
-        found[name], start = SiteSample(sides, values[start:stop]), stop
-    return Fingerprint(architecture, found)
+def _fingerprint_of(architecture: str, sites: tuple[tuple[str, tuple[int, int], bytes], ...]) -> Fingerprint:
+    """Of sites' names, sides and samples; made, and hashed, once for all adapters of one base."""
+    samples = {site: SiteSample(sides, np.frombuffer(values, _BF16)) for site, sides, values in sites}
+    return Fingerprint(architecture, samples)
 
 
 def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:

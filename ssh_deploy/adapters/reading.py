@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ssh_deploy.adapters.base import Adapter, Shapes
 from ssh_deploy.adapters.file import read_file
-from ssh_deploy.adapters.peft_folder import CONFIG, read_folder
+from ssh_deploy.adapters.peft_folder import CONFIG, WEIGHTS, read_folder
 from ssh_deploy.errors import AdapterFileError
 
 
@@ -31,6 +31,6 @@ def read_adapter(path: str | Path, *, shapes: Shapes | None = None) -> Adapter:
         ) from error
     if stat.S_ISDIR(found.st_mode):
         return read_folder(path, shapes=shapes)
-    if path.name in (CONFIG, "adapter_model.safetensors"):
+    if path.name in (CONFIG, WEIGHTS):
         return read_folder(path.parent, shapes=shapes)
     return read_file(path)

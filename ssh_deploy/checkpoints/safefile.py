@@ -49,6 +49,8 @@ _DTYPES = {code: np.dtype(dtype) for code, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
 _FIRST = f'{{"{_METADATA}":{{'  # how safetensors begins a header with metadata
 _KEPT = 1 << 16  # characters of the longest text that is kept
+#: JSON as digests take it: sorted keys, no spaces, ASCII.
+canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 _FETCH, _FORGED = "Fetch or make the file again.", "The file is damaged or forged."
 
 
@@ -77,8 +79,8 @@ class Table:
 
     @cached_property
     def canonical(self) -> str:
-        """JSON of ``entries``: sorted keys, no spaces, ASCII."""
-        return json.dumps(self.entries, sort_keys=True, separators=(",", ":"))
+        """`canonical_json` of ``entries``."""
+        return canonical_json(self.entries)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,6 +198,18 @@ def _table(text: str, size: int) -> Table:
     if not isinstance(entries, dict):
         raise _BrokenError("header is not a JSON object.", "Not a safetensors file, or damaged.")
     metadata = entries.pop(_METADATA, None)
+    runs, end = _runs(entries, size), 0
+    for start, stop in sorted([entry["data_offsets"] for entry in entries.values()]):
+        if start != end:
+            raise _BrokenError(f"tensors overlap or leave a gap at byte {end}.", _FETCH)
+        end = stop
+    if end != size:
+        raise _BrokenError(f"{size} bytes of payload, {end} declared: truncated.", _FETCH)
+    return Table(entries, runs, metadata)
+
+
+def _runs(entries: Mapping[str, Any], size: int) -> Sequence[tuple[Sequence[str], tuple[int, ...], np.dtype[Any], int]]:
+    """See `Table`; of ``size`` bytes of payload."""
     runs: list[tuple[list[str], tuple[int, ...], np.dtype[Any], int]] = []
     end = 0
     for name, entry in entries.items():
@@ -205,14 +219,7 @@ def _table(text: str, size: int) -> Table:
         else:
             runs.append(([name], shape, dtype, start))
         end = stop
-    end = 0
-    for start, stop in sorted([entry["data_offsets"] for entry in entries.values()]):
-        if start != end:
-            raise _BrokenError(f"tensors overlap or leave a gap at byte {end}.", _FETCH)
-        end = stop
-    if end != size:
-        raise _BrokenError(f"{size} bytes of payload, {end} declared: truncated.", _FETCH)
-    return Table(entries, runs, metadata)
+    return runs
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -231,6 +238,7 @@ def _not_json(cause: Exception) -> _BrokenError:
 
 
 def _place(name: str, entry: Any, size: int) -> tuple[tuple[int, ...], np.dtype[Any], int, int]:
+    """Shape, dtype, first byte and the byte after the last."""
     try:
         dtype = _DTYPES[entry["dtype"]]
         shape = entry["shape"]

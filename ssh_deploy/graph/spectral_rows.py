@@ -237,7 +237,7 @@ def _ordered(stack: Stack[int], axis: str) -> tuple[NDArray[Any], NDArray[np.int
 @lru_cache(maxsize=64)
 def _numbered(axis: str, n: int, bits: int, word: type[np.integer[Any]]) -> NDArray[np.integer[Any]]:
     """Output order of the graph's transform of length ``n``, ``bits`` further up in a ``word``."""
-    return (output_order(axis, n)[1].astype(word) << word(bits)).astype(word)
+    return output_order(axis, n)[1].astype(word) << word(bits)
 
 
 @lru_cache(maxsize=64)

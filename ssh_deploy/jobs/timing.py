@@ -23,9 +23,9 @@ from ssh_deploy.jobs.progress import Progress, silent
 Variant = Callable[[int], object]
 #: Rounds before the first look at the intervals.
 LEAST_ROUNDS = 8
-#: Seconds after which threads of what ran before have stopped waiting for more: onnxruntime's do so in a loop for some
-#: 40 ms, and take a core from whoever comes next.
-SPIN = 0.1
+# Seconds after which threads of what ran before have stopped waiting for more: onnxruntime's do so in a loop for some
+# 40 ms, and take a core from whoever comes next.
+_SPIN = 0.1
 _DRAWS = 1000
 _LOOK_AGAIN = 1.25  # a look costs as much as many rounds: the next comes after a quarter more of them
 
@@ -51,7 +51,7 @@ class Timed:
         return {key: round(value, 5) if isinstance(value, float) else value for key, value in asdict(self).items()}
 
 
-def spun_down(variant: Variant, i: int, *, seconds: float = SPIN) -> None:
+def spun_down(variant: Variant, i: int, *, seconds: float = _SPIN) -> None:
     """Run ``variant`` until the threads of what ran before have stopped, once at least."""
     until = time.perf_counter() + seconds
     variant(i)
