@@ -59,9 +59,12 @@ def graph_of(weights, *, bias=False, past=False, heads=None):
     return ir.Model(graph, ir_version=10)
 
 
-def session_of(model, *, threads=2):
+def session_of(model, *, threads=2, saved=None):
+    """A session of ``model``, which is written to ``saved`` as onnxruntime runs it."""
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
+    if saved is not None:
+        options.optimized_model_filepath = str(saved)
     return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

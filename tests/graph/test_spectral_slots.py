@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_graphs import Case, graph_of, layer, tokens
+from layer_graphs import Case, graph_of, layer, session_of, tokens
 
 from ssh_deploy.errors import GraphError, SlotError
 from ssh_deploy.graph.bank_file import stack_rows
@@ -80,6 +80,19 @@ def test_the_first_factor_of_the_way_back_takes_prefix_sums(kind, out):
     windows = np.stack([below[k * width : (k + 1) * width + 1] for k in range(blocks)])
     want = np.einsum("kij,ki->kj", stages.second, rows)
     np.testing.assert_allclose(np.einsum("kji,ki->kj", differenced(stages), windows), want, atol=1e-12)
+
+
+def test_on_the_way_back_whole_blocks_are_turned_round(tmp_path):
+    module, model = "q", graph_of({"q": layer(64, 64)})
+    assert get_transform("hartley").axis.two_stage(64).p > 1
+    add_slots(model, Plan((module,), ("hartley",), (), frozenset()))
+    session_of(model, saved=tmp_path / "as-run.onnx")
+    gates = [node for node in ir.load(tmp_path / "as-run.onnx").graph if node.op_type == "If"]
+    there = next(gate.attributes["then_branch"].as_graph() for gate in gates if module in (gate.name or ""))
+    turned = [node.attributes["perm"].as_ints() for node in there if node.op_type == "Transpose"]
+    # the activation on its way in, and the blocks; the other Transpose is one with its product
+    assert turned == [(0, 2, 1), (0, 1, 3, 2, 4)]
+    assert [node.attributes["transA"].as_int() for node in there if node.op_type == "FusedMatMul"] == [1]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,9 +1,9 @@
 """One-dimensional transforms as MatMuls of the graph: F x on the way in, Fᵀ of prefix rows on the way out.
 
-In two forms. For many tokens they are the last axis, and a row's activation is turned round once and stays on its own,
-so that what one core makes of it lies in that core's cache when the next step wants it. For one token a batch row
-nothing is turned: each product is a vector's, and what counts is how few nodes there are, every one a cold start
-between two layers that stream their weights through the caches. So the sites of a group share the way back, too.
+In two forms. For many tokens they are the last axis between the first product and the last, and a row's activation
+stays on its own, so that what one core makes of it lies in that core's cache when the next step wants it. For one token
+a batch row nothing is turned: each product is a vector's, and what counts is how few nodes there are, every one a cold
+start between two layers that stream their weights through the caches. So the sites of a group share the way back, too.
 
 The way out reads prefix sums P instead of t, ``t[u] = P[u+1] − P[u]`` (`lowering.spectral` says why): the difference is
 linear, so it lives inside the first factor, which then takes 2q+1 prefix rows for 2q outputs.
@@ -54,13 +54,20 @@ def forward_token(emitter: Emitter, x: ir.Value, stages: TwoStage) -> ir.Value:
 
 
 def backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
-    """Fᵀ t for prefix rows [batch, 1, blocks, width+1, tokens] of t, as [batch, tokens, n]."""
-    y = emitter.op("MatMul", emitter.const(differenced(stages), FLOAT), prefix)
+    """Fᵀ t for prefix rows [batch, 1, blocks, width+1, tokens] of t, as [batch, tokens, n].
+
+    The tokens come first again inside the first product, which onnxruntime makes one operator with the Transpose that
+    it reads; the Transpose between the products then moves whole blocks. To turn the result round, number by number
+    and in a single thread as Transpose runs, took as long as a product, and three times that where the cores share no
+    cache.
+    """
+    y = emitter.op("Transpose", prefix, perm=[0, 1, 2, 4, 3])
+    y = emitter.op("MatMul", y, emitter.const(differenced(stages).transpose(0, 2, 1), FLOAT))
     if stages.p > 1:
-        y = emitter.op("Reshape", y, emitter.ints(0, stages.p, -1))
+        y = emitter.op("Transpose", y, perm=[0, 1, 3, 2, 4])
+        y = emitter.op("Reshape", y, emitter.ints(0, -1, stages.p, stages.q))
         y = emitter.op("MatMul", emitter.const(stages.first.T, FLOAT), y)
-    y = emitter.op("Reshape", y, emitter.ints(0, stages.n, -1))
-    y = emitter.op("Transpose", y, perm=[0, 2, 1])
+    y = emitter.op("Reshape", y, emitter.ints(0, -1, stages.n))
     if stages.permutation is not None:
         y = emitter.op("Gather", y, emitter.ints(*np.argsort(stages.permutation).tolist()), axis=2)
     return y
