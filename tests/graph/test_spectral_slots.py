@@ -79,7 +79,7 @@ def test_the_first_factor_of_the_way_back_takes_prefix_sums(kind, out):
     below = np.append(0.0, np.cumsum(rows.reshape(-1)))  # P[u] = Σ of rows before u
     windows = np.stack([below[k * width : (k + 1) * width + 1] for k in range(blocks)])
     want = np.einsum("kij,ki->kj", stages.second, rows)
-    np.testing.assert_allclose(np.einsum("kji,ki->kj", differenced(stages), windows), want, atol=1e-12)
+    np.testing.assert_allclose(np.einsum("kij,ki->kj", differenced(stages), windows), want, atol=1e-12)
 
 
 def test_on_the_way_back_whole_blocks_are_turned_round(tmp_path):

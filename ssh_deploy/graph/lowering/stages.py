@@ -62,7 +62,7 @@ def backward(emitter: Emitter, prefix: ir.Value, stages: TwoStage) -> ir.Value:
     cache.
     """
     y = emitter.op("Transpose", prefix, perm=[0, 1, 2, 4, 3])
-    y = emitter.op("MatMul", y, emitter.const(differenced(stages).transpose(0, 2, 1), FLOAT))
+    y = emitter.op("MatMul", y, emitter.const(differenced(stages), FLOAT))
     if stages.p > 1:
         y = emitter.op("Transpose", y, perm=[0, 1, 3, 2, 4])
         y = emitter.op("Reshape", y, emitter.ints(0, -1, stages.p, stages.q))
@@ -93,7 +93,7 @@ def backward_token(
         first = _diagonal([stages.first.T for stages in sites])
         shape, side = [len(second)], [sum(lengths)]
     y = emitter.op("Reshape", prefix, emitter.ints(-1, *shape, 1, width + 1))
-    y = emitter.op("MatMul", y, emitter.const(second.transpose(0, 2, 1), FLOAT))
+    y = emitter.op("MatMul", y, emitter.const(second, FLOAT))
     if lengths[0] > 1:
         y = emitter.op("Reshape", y, emitter.ints(-1, *side, sites[0].q))
         y = emitter.op("MatMul", emitter.const(first, FLOAT), y)
@@ -114,10 +114,9 @@ def backward_token(
 
 
 def differenced(stages: TwoStage) -> NDArray[np.float64]:
-    """``second[i]ᵀ D`` f64 [blocks, width, width+1]: takes prefix rows P instead of t, ``t[u] = P[u+1] − P[u]``."""
-    turned = stages.second.transpose(0, 2, 1)
-    edge = np.zeros((*turned.shape[:2], 1))
-    return np.concatenate([edge, turned], axis=2) - np.concatenate([turned, edge], axis=2)
+    """``Dᵀ second[i]`` f64 [blocks, width+1, width]: takes prefix rows P instead of t, ``t[u] = P[u+1] − P[u]``."""
+    edge = np.zeros((len(stages.second), 1, stages.second.shape[2]))
+    return np.concatenate([edge, stages.second], axis=1) - np.concatenate([stages.second, edge], axis=1)
 
 
 def _diagonal(blocks: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
