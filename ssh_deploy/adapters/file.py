@@ -9,17 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_shape, check_spectra, is_finite_number
+from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_spectra, is_finite_number
+from ssh_deploy.adapters.compact_table import BF16, VALUES, CompactTable, compact_table, take
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
 from ssh_deploy.checkpoints.safefile import SafeFile, canonical_json, open_safefile
 from ssh_deploy.checkpoints.whole import whole_file
 from ssh_deploy.deltas.replaced import ReplacedModule
-from ssh_deploy.deltas.spectral import NORMS, SpectralDelta
+from ssh_deploy.deltas.spectral import NORMS, SpectralDelta, Stacks
 from ssh_deploy.errors import AdapterFileError, OutputError
 from ssh_deploy.registry import families
 from ssh_deploy.transforms import transform_names
@@ -27,9 +27,6 @@ from ssh_deploy.transforms import transform_names
 FORMAT = "ssh-deploy-adapter"
 VERSION = 1
 SCALINGS = {"backward": "alpha/(out*in)", "ortho": "alpha"}
-_VALUES = (np.dtype(np.float16), np.dtype(np.float32))
-_PLACES = (np.dtype(np.uint16), np.dtype(np.uint32))
-_BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def read_file(path: Path) -> Adapter:
@@ -122,33 +119,31 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
     alpha = fields.get("alpha")
     if not is_finite_number(alpha):
         raise AdapterFileError(f"{path}: alpha is {alpha!r:.40}, not a finite number.", hint="The file is forged.")
-    modules = _object(path, fields, "modules")
-    left = set(file.tensors)
-    deltas: dict[str, SpectralDelta] = {}
-    for module, shape in modules.items():
-        where = f"{text}: {module}"
-        sides = check_shape(where, tuple(shape) if isinstance(shape, list) else ())
-        values = _take(path, file, f"spectral.{module}.values", left)
-        rows = _take(path, file, f"spectral.{module}.rows", left)
-        cols = _take(path, file, f"spectral.{module}.cols", left)
-        _check_dtypes(where, values, rows, cols)
-        if transposed:
-            rows, cols, sides = cols, rows, (sides[1], sides[0])
-        deltas[module] = SpectralDelta(sides, transform, rows, cols, values, float(alpha), norm)
-    check_spectra(str(path), deltas)
+    architecture, sha256, sites = _stated_base(path, fields)
+    table = compact_table(text, file.header, _object(path, fields, "modules"), sites, transposed=transposed)
+    deltas = Stacks(table.modules, table.stacks(file.payload, transform, float(alpha), norm))
+    check_spectra(text, deltas)
+    left = set(table.others)
     replaced = {}
     for module, names in _object(path, fields, "heads").items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise AdapterFileError(f"{path}: head {module!r} lists no tensors.", hint="The file is forged.")
-        tensors = {name: _take(path, file, f"replaced.{module}.{name}", left) for name in names}
-        for name, tensor in tensors.items():
-            check_finite(f"{path}: {module}.{name}", tensor)
+        tensors = {}
+        for name in names:
+            stored = f"replaced.{module}.{name}"
+            take(text, file.header, stored, left)
+            tensors[name] = file.header.alike([stored]).of(file.payload)[0, ...]
+            check_finite(f"{path}: {module}.{name}", tensors[name])
         replaced[module] = ReplacedModule(tensors)
-    fingerprint = _fingerprint(file, fields, left)
     if left:
         raise AdapterFileError(
             f"{path}: tensors that nothing declares: {sorted(left)[:5]}.", hint="The file is forged."
         )
+    fingerprint = None
+    if architecture is not None:
+        fingerprint = _fingerprint_of(architecture, table, table.sample_bytes(file.payload))
+        if fingerprint.sha256 != sha256:
+            raise AdapterFileError(f"{path}: fingerprint samples do not have its sha256.", hint="The file is forged.")
     return Adapter(
         family=family,
         deltas=deltas,
@@ -163,36 +158,29 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
     )
 
 
-def _fingerprint(file: SafeFile, fields: dict[str, Any], left: set[str]) -> Fingerprint | None:
+def _stated_base(path: Path, fields: dict[str, Any]) -> tuple[str | None, Any, dict[str, Any]]:
+    """Architecture, sha256 and sites of the fingerprint; None, None and no sites without one."""
     stored = fields.get("fingerprint")
     if stored is None:
-        return None
-    path = file.path
+        return None, None, {}
     if not isinstance(stored, dict) or not isinstance(stored.get("architecture"), str):
         raise AdapterFileError(f"{path}: fingerprint names no architecture.", hint="The file is forged.")
-    sites, text = [], str(path)
-    for site, shape in _object(path, stored, "sites").items():
-        where = f"{text}: fingerprint of {site}"
-        values = _take(path, file, f"fingerprint.{site}", left)
-        sides = check_shape(where, tuple(shape) if isinstance(shape, list) else ())
-        if values.dtype != _BF16 or values.shape != (min(SAMPLES, sides[0] * sides[1]),):
-            raise AdapterFileError(f"{where} is {values.dtype} {values.shape}.", hint="The file is forged.")
-        sites.append((site, sides, values.tobytes()))
-    fingerprint = _fingerprint_of(stored["architecture"], tuple(sites))
-    if fingerprint.sha256 != stored.get("sha256"):
-        raise AdapterFileError(f"{path}: fingerprint samples do not have its sha256.", hint="The file is forged.")
-    return fingerprint
+    return stored["architecture"], stored.get("sha256"), _object(path, stored, "sites")
 
 
 @lru_cache(maxsize=64)
-def _fingerprint_of(architecture: str, sites: tuple[tuple[str, tuple[int, int], bytes], ...]) -> Fingerprint:
-    """Of sites' names, sides and samples; made, and hashed, once for all adapters of one base."""
-    samples = {site: SiteSample(sides, np.frombuffer(values, _BF16)) for site, sides, values in sites}
-    return Fingerprint(architecture, samples)
+def _fingerprint_of(architecture: str, table: CompactTable, samples: bytes) -> Fingerprint:
+    """Of the sites of ``table``; made, and hashed, once for all adapters of one base with that table."""
+    values, found, start = np.frombuffer(samples, BF16), {}, 0
+    for site, sides in table.sites:
+        stop = start + min(SAMPLES, sides[0] * sides[1])
+        found[site] = SiteSample(sides, values[start:stop])
+        start = stop
+    return Fingerprint(architecture, found)
 
 
 def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    if dtype not in _VALUES:
+    if dtype not in VALUES:
         raise AdapterFileError(f"Values cannot be stored as {dtype}.", hint="Use float16 or float32.")
     kinds = {
         (d.transform, d.norm, d.alpha) if isinstance(d, SpectralDelta) else d.kind for d in adapter.deltas.values()
@@ -245,23 +233,6 @@ def _tensors_and_fields(adapter: Adapter, dtype: np.dtype[Any]) -> tuple[dict[st
         for site, s in adapter.fingerprint.sites.items():
             tensors[f"fingerprint.{site}"] = s.values
     return tensors, fields
-
-
-def _check_dtypes(where: str, values: NDArray[Any], rows: NDArray[Any], cols: NDArray[Any]) -> None:
-    if values.dtype not in _VALUES or rows.dtype != cols.dtype:
-        raise AdapterFileError(
-            f"{where}: values {values.dtype}, rows {rows.dtype}, cols {cols.dtype}.",
-            hint="Values are float16 or float32, both places uint16 or both uint32.",
-        )
-    if rows.dtype not in _PLACES:
-        raise AdapterFileError(f"{where}: places are {rows.dtype}.", hint="Places are uint16 or uint32.")
-
-
-def _take(path: Path, file: SafeFile, name: str, left: set[str]) -> NDArray[Any]:
-    if name not in file.tensors:
-        raise AdapterFileError(f"{path}: tensor {name!r} is declared and missing.", hint="The file is forged.")
-    left.discard(name)
-    return file.tensors[name]
 
 
 def _one_of(path: Path, fields: Mapping[str, Any], key: str, allowed: list[str]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -16,23 +17,17 @@ from ssh_deploy.transforms.base import Axis, Separable
 if TYPE_CHECKING:
     import torch
 
+    from ssh_deploy.deltas.base import Delta
+
 NORMS = ("backward", "ortho")
 K = TypeVar("K")
+L = TypeVar("L")
 _PARTS = ("rows", "cols", "values")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SpectralDelta:
-    """``ΔW = α · T⁻¹(S)``, S sparse [out, in] with n entries.
-
-    Attributes:
-        shape: (out, in).
-        transform: name of the 2-D transform.
-        rows, cols: unsigned or signed integers [n], places in S: row (out) and column (in); distinct.
-        values: float16 or float32 [n], as in the file.
-        alpha: the adapter's scaling α.
-        norm: ``backward``: the bare basis times ``1/(MN)`` (SSH); ``ortho``: the orthonormal basis (sDCTFT).
-    """
+class _Spectrum:
+    """What `SpectralDelta` and `Stack` have in common; the first says what the fields are."""
 
     shape: tuple[int, int]
     transform: str
@@ -41,13 +36,6 @@ class SpectralDelta:
     values: NDArray[Any]
     alpha: float
     norm: str
-
-    kind: ClassVar[str] = "spectral"
-
-    @property
-    def parameters(self) -> int:
-        """n, the number of coefficients."""
-        return int(self.values.size)
 
     @property
     def gain(self) -> float:
@@ -62,6 +50,27 @@ class SpectralDelta:
     def separable(self) -> Separable:
         """Its coefficients in the separable basis of `axis`: ``ΔW = gain·factor · F_Mᵀ S F_N``."""
         return get_transform(self.transform).separable(self.rows, self.cols, self.values, self.shape)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SpectralDelta(_Spectrum):
+    """``ΔW = α · T⁻¹(S)``, S sparse [out, in] with n entries.
+
+    Attributes:
+        shape: (out, in).
+        transform: name of the 2-D transform.
+        rows, cols: unsigned or signed integers [n], places in S: row (out) and column (in); distinct.
+        values: float16 or float32 [n], as in the file.
+        alpha: the adapter's scaling α.
+        norm: ``backward``: the bare basis times ``1/(MN)`` (SSH); ``ortho``: the orthonormal basis (sDCTFT).
+    """
+
+    kind: ClassVar[str] = "spectral"
+
+    @property
+    def parameters(self) -> int:
+        """n, the number of coefficients."""
+        return int(self.values.size)
 
     def dense(self, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> torch.Tensor:
         """ΔW [out, in] on ``device``."""
@@ -108,32 +117,62 @@ class SpectralDelta:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stack(Generic[K]):
-    """Spectra of several sites that agree in transform, shape, length and dtypes, as one: an adapter's usual case.
+class Stack(_Spectrum, Generic[K]):
+    """Spectra of several sites that agree in all but their numbers, as one: an adapter's usual case.
 
-    ``keys`` of the sites; ``rows``, ``cols``, ``values`` [sites, n] (each [sites, …] of what the deltas hold).
+    ``rows``, ``cols``, ``values`` [sites, n] (each [sites, …] of what the deltas hold); ``keys`` of the sites.
     """
 
     keys: tuple[K, ...]
-    transform: str
-    shape: tuple[int, int]
-    rows: NDArray[Any]
-    cols: NDArray[Any]
-    values: NDArray[Any]
 
-    def separable(self) -> Separable:
-        """See `SpectralDelta.separable`; rows, columns and values are [sites, k]."""
-        return get_transform(self.transform).separable(self.rows, self.cols, self.values, self.shape)
+    def at(self, keys: tuple[L, ...]) -> Stack[L]:
+        """The same, its sites called ``keys``."""
+        return Stack(self.shape, self.transform, self.rows, self.cols, self.values, self.alpha, self.norm, keys)
+
+    def deltas(self) -> Iterator[tuple[K, SpectralDelta]]:
+        """Each site's own, views of this."""
+        for key, rows, cols, values in zip(self.keys, self.rows, self.cols, self.values, strict=True):
+            yield key, SpectralDelta(self.shape, self.transform, rows, cols, values, self.alpha, self.norm)
 
 
-def stacked(deltas: Mapping[K, SpectralDelta]) -> list[Stack[K]]:
-    """``deltas`` in as few stacks as they allow: what is then done to a stack, numpy does to all its sites at once."""
+class Stacks(Mapping[K, SpectralDelta]):
+    """Deltas that were read as stacks: a site's own is made when somebody asks for it, which serving does not."""
+
+    def __init__(self, keys: tuple[K, ...], stacks: Sequence[Stack[K]]) -> None:
+        """Of ``keys``, in that order, each in one of ``stacks``."""
+        self._keys, self.stacks = keys, stacks
+
+    @cached_property
+    def _deltas(self) -> dict[K, SpectralDelta]:
+        return {key: delta for stack in self.stacks for key, delta in stack.deltas()}
+
+    def __getitem__(self, key: K) -> SpectralDelta:
+        return self._deltas[key]
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def stacked(deltas: Mapping[K, Delta]) -> tuple[Sequence[Stack[K]], Mapping[K, Delta]]:
+    """The spectra of ``deltas`` in as few stacks as they allow, and what is no spectrum.
+
+    What is then done to a stack, numpy does to all its sites at once.
+    """
+    if isinstance(deltas, Stacks):
+        return deltas.stacks, {}
     groups: dict[Any, list[K]] = {}
+    others: dict[K, Delta] = {}
     for key, d in deltas.items():
-        arrays = (d.rows.shape, d.cols.shape, d.values.shape, d.rows.dtype, d.cols.dtype, d.values.dtype)
-        groups.setdefault((d.transform, d.shape, arrays), []).append(key)
+        if isinstance(d, SpectralDelta):
+            arrays = (d.rows.shape, d.cols.shape, d.values.shape, d.rows.dtype, d.cols.dtype, d.values.dtype)
+            groups.setdefault((d.shape, d.transform, d.alpha, d.norm, arrays), []).append(key)
+        else:
+            others[key] = d
     stacks = []
-    for (transform, shape, _), keys in groups.items():
+    for (shape, transform, alpha, norm, _), keys in groups.items():
         rows, cols, values = (np.array([getattr(deltas[key], part) for key in keys]) for part in _PARTS)
-        stacks.append(Stack(tuple(keys), transform, shape, rows, cols, values))
-    return stacks
+        stacks.append(Stack(shape, transform, rows, cols, values, alpha, norm, tuple(keys)))
+    return stacks, others

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ssh_deploy.deltas.formula import FormulaDelta, RelativeDelta
 from ssh_deploy.deltas.lowrank import LowRankDelta
 from ssh_deploy.deltas.reflection import ReflectionDelta
 from ssh_deploy.deltas.sparse import SparseDelta
-from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.deltas.spectral import SpectralDelta, Stack, stacked
 from ssh_deploy.errors import AdapterMismatchError, DependencyError, near_misses
 from ssh_deploy.graph.lowrank_rows import product_rows, stack_padded
 from ssh_deploy.graph.spectral_rows import AXES, is_of, spectrum_rows
@@ -38,7 +39,7 @@ PADDED = {"lowrank": "adapter_lowrank_", **SIDED}
 Arrays = dict[str, NDArray[Any]]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """The adapter inputs of one graph.
 
@@ -58,7 +59,12 @@ class Layout:
     guard: tuple[int, int, int]
     base_head: Mapping[str, NDArray[Any]]
 
-    @property
+    @cached_property
+    def table(self) -> Mapping[str, tuple[int, tuple[int, int]]]:
+        """Row and (out, in) of each site by its module."""
+        return {module: (row, (n_out, n_in)) for row, (module, n_in, n_out) in enumerate(self.sites)}
+
+    @cached_property
     def place_dtype(self) -> np.dtype[Any]:
         """Of rows and columns: uint16, or int32 where a side exceeds 65,536."""
         highest = max((side for _, *sides in self.sites for side in sides), default=1)
@@ -76,41 +82,51 @@ def adapter_rows(adapter: Adapter, layout: Layout, places: Mapping[str, str]) ->
     Raises:
         AdapterMismatchError: a site, kind or head that the graph has no slot for, or values that overflow.
     """
-    table = {module: (row, n_out, n_in) for row, (module, n_in, n_out) in enumerate(layout.sites)}
+    where, values = str(adapter.source), np.dtype(layout.adapter_dtype)
+    spectra: dict[str, list[Stack[int]]] = {}
     by_kind: dict[str, dict[int, Any]] = {}
-    for module, delta in adapter.deltas.items():
-        kind = slot_kind(f"{adapter.source}: {module}", delta)
-        if kind not in layout.kinds:
-            wanted = ",".join(dict.fromkeys([*layout.kinds, kind]))
-            raise AdapterMismatchError(
-                f"{adapter.source}: {module} needs a {kind} slot; the graph has {', '.join(layout.kinds) or 'none'}.",
-                hint=f"Export the base again with --kinds {wanted}.",
-            )
-        site = places.get(module)
-        if site not in table:
-            raise AdapterMismatchError(
-                f"{adapter.source}: {module} has no slot in the graph; {len(table)} other modules have.",
-                hint=f"{near_misses(module, table)} Export again with --sites attention, linear or a glob.",
-            )
-        row, *shape = table[site]
-        if tuple(shape) != delta.shape:
-            raise AdapterMismatchError(
-                f"{adapter.source}: {module} is for a weight of {list(delta.shape)}, the graph's is {shape}.",
-                hint="This adapter belongs to another base.",
-            )
+    stacks, others = stacked(adapter.deltas)
+    for stack in stacks:
+        rows = tuple(_row(where, module, stack.axis.name, stack.shape, layout, places) for module in stack.keys)
+        spectra.setdefault(stack.axis.name, []).append(stack.at(rows))
+    for module, delta in others.items():
+        kind = slot_kind(f"{where}: {module}", delta)
+        row = _row(where, module, kind, delta.shape, layout, places)
         by_kind.setdefault(kind, {})[row] = exact_product(delta) if kind == "lowrank" else delta
     arrays: Arrays = {}
-    where, values = str(adapter.source), np.dtype(layout.adapter_dtype)
+    for kind, found in spectra.items():
+        arrays |= spectrum_rows(where, kind, found, layout.sites, values=values, places=layout.place_dtype)
     for kind, deltas in by_kind.items():
-        if kind in AXES:
-            arrays |= spectrum_rows(where, kind, deltas, layout.sites, values=values, places=layout.place_dtype)
-        elif kind == "sparse":
+        if kind == "sparse":
             arrays |= sparse_rows(where, deltas, layout.sites, values=values, places=layout.place_dtype)
         else:
             arrays |= padded_rows(where, kind, deltas, layout)
     if adapter.replaced:
         arrays |= _heads(adapter, layout)
     return arrays
+
+
+def _row(where: str, module: str, kind: str, shape: tuple[int, int], layout: Layout, places: Mapping[str, str]) -> int:
+    """Row of the ``sites`` dimension at which the slot of ``kind`` is that takes ``module``'s delta."""
+    if kind not in layout.kinds:
+        wanted = ",".join(dict.fromkeys([*layout.kinds, kind]))
+        raise AdapterMismatchError(
+            f"{where}: {module} needs a {kind} slot; the graph has {', '.join(layout.kinds) or 'none'}.",
+            hint=f"Export the base again with --kinds {wanted}.",
+        )
+    found = layout.table.get(places.get(module, ""))
+    if found is None:
+        raise AdapterMismatchError(
+            f"{where}: {module} has no slot in the graph; {len(layout.table)} other modules have.",
+            hint=f"{near_misses(module, layout.table)} Export again with --sites attention, linear or a glob.",
+        )
+    row, wanted_shape = found
+    if wanted_shape != shape:
+        raise AdapterMismatchError(
+            f"{where}: {module} is for a weight of {list(shape)}, the graph's is {list(wanted_shape)}.",
+            hint="This adapter belongs to another base.",
+        )
+    return row
 
 
 def padded_rows(where: str, kind: str, deltas: Mapping[int, Any], layout: Layout) -> Arrays:

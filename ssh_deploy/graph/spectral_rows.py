@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import finite
-from ssh_deploy.deltas.spectral import SpectralDelta, Stack, stacked
+from ssh_deploy.deltas.spectral import Stack
 from ssh_deploy.errors import AdapterMismatchError
 from ssh_deploy.graph.lowrank_rows import sites_by_width
 from ssh_deploy.transforms import get_transform
@@ -46,7 +46,7 @@ def is_of(name: str, prefix: str) -> bool:
 def spectrum_rows(
     where: str,
     kind: str,
-    deltas: Mapping[int, SpectralDelta],
+    stacks: Sequence[Stack[int]],
     sites: Sequence[tuple[str, int, int]],
     *,
     values: np.dtype[Any],
@@ -57,7 +57,7 @@ def spectrum_rows(
     Args:
         where: names the adapter in the message.
         kind: of `AXES`.
-        deltas: by row of the ``sites`` dimension.
+        stacks: one or more, whose keys are rows of the ``sites`` dimension.
         sites: (module, in, out) of the graph.
         values: float16 or float32.
         places: of columns: uint16 or int32.
@@ -66,7 +66,7 @@ def spectrum_rows(
         AdapterMismatchError: values that overflow, or more coefficients than 16 bits count.
     """
     prefix = AXES[kind]
-    made = [(stack, *_ordered(stack, kind)) for stack in stacked(deltas)]
+    made = [(stack, *_ordered(stack, kind)) for stack in stacks]
     most = max(found.shape[1] for _, found, *_ in made)
     if most > MOST:
         raise AdapterMismatchError(
@@ -86,7 +86,7 @@ def spectrum_rows(
         with np.errstate(over="ignore"):  # what overflows is refused as infinite
             rows[f"{prefix}values"][own, :n] = found
         rows[f"{prefix}cols"][own, :n] = cols
-        rows[f"{prefix}scales"][own] = [deltas[site].gain * factor for site in own]
+        rows[f"{prefix}scales"][own] = stack.gain * factor
         _put_pointers(rows, kind, outs, own, starts)
     if not finite(rows[f"{prefix}values"]):
         largest = max(float(np.abs(found.astype(np.float64)).max(initial=0)) for _, found, *_ in made)

@@ -20,14 +20,13 @@ from numpy.typing import NDArray
 
 from ssh_deploy.adapters.base import Adapter, check_finite
 from ssh_deploy.checkpoints.names import match_modules
-from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.deltas.spectral import stacked
 from ssh_deploy.errors import AdapterMismatchError, DeploymentError
 from ssh_deploy.graph.bank_file import PREFIXES, Layout, adapter_rows
 from ssh_deploy.graph.spectral_rows import AXES, broken_pointers, output_order, pointer_shapes, spare
 from ssh_deploy.runtimes.bank import GUARD, Rows, kind_of
 from ssh_deploy.runtimes.folder import Folder, SiteEntry, read_json
 from ssh_deploy.runtimes.session import Input, read_parameters
-from ssh_deploy.transforms import get_transform
 
 _NO_SLOTS = "Export the base again with its adapters (`--mode sidecar`), or with --sites and --kinds."
 
@@ -93,12 +92,10 @@ def rows_of_adapter(
             hint=f"{error.hint} `ssh-deploy add {folder.root} NAME={adapter.source}` also knows the names that "
             "transformers changed; serving does not import it. New slots need an export with `--sites`.",
         ) from error
-    spectra = {(d.transform, d.shape) for d in adapter.deltas.values() if isinstance(d, SpectralDelta)}
-    for transform, shape in spectra:
-        axis = get_transform(transform).axis.name
-        if axis in folder.kinds:
-            for side in shape:
-                _check_order(axis, side, folder)
+    for stack in stacked(adapter.deltas)[0]:
+        if stack.axis.name in folder.kinds:
+            for side in stack.shape:
+                _check_order(stack.axis.name, side, folder)
     kinds: dict[str, dict[str, NDArray[Any]]] = {}
     for name, array in adapter_rows(adapter, _layout(folder, tuple(inputs.values())), places).items():
         kinds.setdefault(kind_of(name), {})[name] = array

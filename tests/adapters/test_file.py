@@ -83,6 +83,27 @@ def test_spectra_are_views_of_the_mapped_file(tmp_path, adapter):
     assert not delta.values.flags.writeable
 
 
+def test_modules_of_one_form_are_read_as_one(tmp_path):
+    blocks = {f"h.{i}.{part}": (24, 36) for i in range(3) for part in ("q", "v")}
+    write_file(random_adapter({**blocks, "x": (36, 24)}, n=9), tmp_path / "a.safetensors")
+    deltas = read_file(tmp_path / "a.safetensors").deltas
+    assert [stack.keys for stack in deltas.stacks] == [tuple(blocks), ("x",)]
+    assert not any(stack.rows.flags.owndata for stack in deltas.stacks)
+
+
+def test_what_is_known_of_a_table_is_not_said_of_other_modules(tmp_path):
+    """Three files with one table, byte for byte, whose metadata declares other shapes, or others as shapes."""
+    for name in "abcd":
+        write_file(random_adapter({"m": (48, 1)}, n=1), tmp_path / name)
+    rewritten(tmp_path / "b", lambda fields, _: fields["modules"].update(m=[99, 1]))
+    rewritten(tmp_path / "c", lambda fields, _: fields["modules"].update(m=[48, True]))
+    rewritten(tmp_path / "d", lambda fields, _: fields.update(orientation="in,out", modules={"m": [48, 1]}))
+    assert [read_file(tmp_path / name).deltas["m"].shape for name in "aba"] == [(48, 1), (99, 1), (48, 1)]
+    with pytest.raises(AdapterFileError, match=r"m: shape \[48, True\] is not two sides"):
+        read_file(tmp_path / "c")
+    assert read_file(tmp_path / "d").deltas["m"].shape == (1, 48)
+
+
 def test_writing_twice_gives_the_same_content(tmp_path, adapter):
     digests = {write_file(adapter, tmp_path / f"{i}.safetensors") for i in range(3)}
     assert len(digests) == 1

@@ -164,6 +164,43 @@ def test_tensors_are_what_safetensors_reads(tmp_path_factory, kinds, turned):
         np.testing.assert_array_equal(got, want)
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.sampled_from([(), (0,), (5,), (2, 3)]),
+    gaps=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    order=st.randoms(use_true_random=False),
+    turned=st.sampled_from(["as they lie", "backwards", "anyhow"]),
+)
+def test_tensors_of_one_form_come_together(tmp_path_factory, shape, gaps, order, turned):
+    """Side by side, in equal steps, backwards, and with unlike distances between them."""
+    rng, tensors = np.random.default_rng(0), {}
+    for i, gap in enumerate(gaps):
+        tensors[f"{i}a"] = np.array(rng.integers(0, 99, shape), np.int16)
+        tensors[f"{i}b"] = np.zeros(gap, np.int16)
+    path = tmp_path_factory.mktemp("file") / "a"
+    path.write_bytes(save(tensors))
+    names = [name for name in tensors if name.endswith("a")]
+    names = names[::-1] if turned == "backwards" else names
+    if turned == "anyhow":
+        order.shuffle(names)
+    file = opened(path)
+    got = file.header.alike(names).of(file.payload)
+    assert (got.dtype, got.flags.writeable) == (np.int16, False)
+    np.testing.assert_array_equal(got, np.array([tensors[name] for name in names]))
+
+
+def test_tensors_in_equal_steps_are_not_copied(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(save({name: np.arange(4, dtype=np.int16) for name in "abcdef"}))
+    file = opened(path)
+    address = np.frombuffer(file.payload, np.uint8).__array_interface__["data"][0]
+    for names, first, step in (("ace", 0, 16), ("fdb", 40, -16), ("d", 24, 0)):
+        got = file.header.alike(names).of(file.payload)
+        assert got.__array_interface__["data"][0] - address == first
+        assert got.strides == (step, 2)
+    assert file.header.alike("abd").of(file.payload).flags.owndata
+
+
 @pytest.mark.parametrize("shape", [[0, 1 << 47, 1 << 47], [1 << 40, 0], [2, 0, 1 << 39]])
 def test_long_sides_beside_a_side_of_none(tmp_path, shape):
     header = json.dumps({"a": {"dtype": "F16", "shape": shape, "data_offsets": [0, 0]}})

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ssh_deploy.deltas.spectral import SpectralDelta
+from ssh_deploy.deltas.spectral import SpectralDelta, stacked
 from ssh_deploy.graph.spectral_rows import (
     broken_pointers,
     no_pointers,
@@ -80,7 +80,8 @@ def test_coefficients_lie_in_the_order_of_the_graphs_transforms(shape, n):
         values = rng.normal(size=n).astype(np.float16)
         deltas[site] = SpectralDelta(shape, "hartley", rows, cols, values, 3.0, "ortho")
     sites, places = [("m", shape[1], shape[0])] * 3, np.dtype(np.uint16)
-    found = spectrum_rows("a", "hartley", deltas, sites, values=np.dtype(np.float16), places=places)
+    stacks, _ = stacked(deltas)
+    found = spectrum_rows("a", "hartley", stacks, sites, values=np.dtype(np.float16), places=places)
     own = rows_of(found, "hartley", [shape[0]] * 3)
     for site, delta in deltas.items():
         down, across = (output_order("hartley", size)[1] for size in shape)
