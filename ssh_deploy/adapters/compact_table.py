@@ -24,6 +24,7 @@ VALUES = (np.dtype(np.float16), np.dtype(np.float32))
 PLACES = (np.dtype(np.uint16), np.dtype(np.uint32))
 BF16 = np.dtype(ml_dtypes.bfloat16)
 _KNOWN = "compact"
+_PARTS = ("values", "rows", "cols")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +71,7 @@ class CompactTable:
         return b"".join(payload[start:stop] for start, stop in self.samples)
 
 
-def compact_table(
+def understood(
     where: str, table: Table, modules: Mapping[str, Any], sites: Mapping[str, Any], *, transposed: bool
 ) -> CompactTable:
     """``table`` of a file that declares spectra for ``modules`` and samples of ``sites``.
@@ -107,7 +108,7 @@ def _grouped(
     for module, shape in modules.items():
         sides = check_shape(f"{where}: {module}", tuple(shape) if isinstance(shape, list) else ())
         forms = []
-        for part in ("rows", "cols", "values"):
+        for part in _PARTS:
             name = f"spectral.{module}.{part}"
             take(where, table, name, left)
             forms.append(table.form(name))
@@ -115,9 +116,7 @@ def _grouped(
         groups.setdefault((sides, *forms), []).append(module)
     spectra = []
     for (sides, *_), members in groups.items():
-        rows, cols, values = (
-            table.alike([f"spectral.{module}.{part}" for module in members]) for part in ("rows", "cols", "values")
-        )
+        values, rows, cols = (table.alike([f"spectral.{module}.{part}" for module in members]) for part in _PARTS)
         if transposed:
             rows, cols = cols, rows
         shape = (sides[1], sides[0]) if transposed else sides
@@ -155,7 +154,7 @@ def take(where: str, table: Table, name: str, left: set[str]) -> None:
     left.discard(name)
 
 
-def _check_dtypes(where: str, rows: np.dtype[Any], cols: np.dtype[Any], values: np.dtype[Any]) -> None:
+def _check_dtypes(where: str, values: np.dtype[Any], rows: np.dtype[Any], cols: np.dtype[Any]) -> None:
     if values not in VALUES or rows != cols:
         raise AdapterFileError(
             f"{where}: values {values}, rows {rows}, cols {cols}.",

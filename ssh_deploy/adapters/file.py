@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from ssh_deploy.adapters.base import TASKS, Adapter, check_finite, check_spectra, is_finite_number
-from ssh_deploy.adapters.compact_table import BF16, VALUES, CompactTable, compact_table, take
+from ssh_deploy.adapters.compact_table import BF16, VALUES, CompactTable, take, understood
 from ssh_deploy.checkpoints.fingerprint import SAMPLES, Fingerprint, SiteSample
 from ssh_deploy.checkpoints.safefile import SafeFile, canonical_json, open_safefile
 from ssh_deploy.checkpoints.whole import whole_file
@@ -120,7 +120,7 @@ def _adapter(file: SafeFile, fields: dict[str, Any], digest: str) -> Adapter:
     if not is_finite_number(alpha):
         raise AdapterFileError(f"{path}: alpha is {alpha!r:.40}, not a finite number.", hint="The file is forged.")
     architecture, sha256, sites = _stated_base(path, fields)
-    table = compact_table(text, file.header, _object(path, fields, "modules"), sites, transposed=transposed)
+    table = understood(text, file.header, _object(path, fields, "modules"), sites, transposed=transposed)
     deltas = Stacks(table.modules, table.stacks(file.payload, transform, float(alpha), norm))
     check_spectra(text, deltas)
     left = set(table.others)
