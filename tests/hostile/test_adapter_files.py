@@ -2,6 +2,7 @@
 
 import json
 import struct
+import sys
 import tracemalloc
 
 import ml_dtypes  # noqa: F401 - gives numpy the name bfloat16
@@ -318,6 +319,16 @@ def test_forged_tensors_with_a_right_digest(good, tmp_path, tensors, message):
 def test_forged_fields_with_a_right_digest(good, tmp_path, fields, message):
     with pytest.raises(AdapterFileError, match=message):
         read_adapter(forge(good, tmp_path / "forged.safetensors", fields=fields))
+
+
+def test_shapes_nested_as_deep_as_json_is_read_and_deeper(good, tmp_path):
+    """What the parser just takes, everything after it must take, too."""
+    fields = json.loads(parts_of(good)[0]["__metadata__"]["adapter"])
+    text = json.dumps({**fields, "modules": {SITE: "here"}})
+    for depth in range(sys.getrecursionlimit() - 150, sys.getrecursionlimit()):
+        nested = text.replace('"here"', "[" * depth + "]" * depth)
+        with pytest.raises(AdapterFileError, match=r"not two sides|is not JSON"):
+            read_adapter(forge(good, tmp_path / "forged.safetensors", metadata={"adapter": nested}))
 
 
 @pytest.mark.parametrize(
