@@ -11,5 +11,6 @@ bin=.venv/bin
 "$bin/mypy"
 "$bin/lint-imports"
 "$bin/cog" --check -r -I tests README.md
-# one thread each for torch: two processes with two threads each take longer
-OMP_NUM_THREADS=1 exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile "$@"
+# one thread each for torch: two processes with two threads each take longer; files in their order: xdist would leave
+# those of few tests to the end, and the longest are of those
+OMP_NUM_THREADS=1 exec "$bin/python" -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
