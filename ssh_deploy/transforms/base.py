@@ -208,10 +208,15 @@ def _pairs(p: int) -> Index:
 
 @lru_cache(maxsize=256)
 def _factor(n: int) -> tuple[int, int]:
-    """``(p, q)``, ``p·q = n``, p even, of fewest multiply-adds ``n(p+2q)``; ``(1, n)`` where ``n²`` is fewer.
+    """``(p, q)``, ``p·q = n``, p even, that cost least; ``(1, n)`` where ``n²`` multiply-adds are fewer than theirs.
 
-    q counts as the next multiple of 16: products that wide fill the processor's vectors.
+    Cost: the ``n(p+2q)`` multiply-adds of a token, and the ``p²+2nq`` numbers of both factors, which a batch of one
+    token reads for nothing else. q counts as the next multiple of 16: products that wide fill the processor's vectors.
     """
-    pairs = [(p, n // p) for p in range(2, n + 1, 2) if n % p == 0]
-    p, q = min(pairs, key=lambda pair: (pair[0] + 2 * (-(-pair[1] // 16) * 16), pair[0]), default=(1, n))
+
+    def cost(pair: tuple[int, int]) -> tuple[float, int]:
+        p, q = pair[0], -(-pair[1] // 16) * 16
+        return p + 2 * q + (p * p / n + 2 * q), p
+
+    p, q = min(((p, n // p) for p in range(2, n + 1, 2) if n % p == 0), key=cost, default=(1, n))
     return (p, q) if p + 2 * q < n else (1, n)

@@ -113,3 +113,17 @@ def test_float32_error_is_within_twice_plain_torch():
     exact_fft = torch.fft.ifft2(dense.double(), norm="ortho").real
     plain = (torch.fft.ifft2(dense, norm="ortho").real - exact_fft).abs().max().item()
     assert ours <= 2 * max(plain, 1.2e-7 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("n", "factors"), [(13, (1, 13)), (768, (48, 16)), (1536, (96, 16)), (4096, (128, 32))])
+@pytest.mark.parametrize("name", ["hartley", "cosine"])
+def test_factors_of_a_length(name, n, factors):
+    """4096 as 64·64 takes as many multiply-adds and twice the numbers; 1536 as 48·32 seven for eight, and 1.7 times."""
+    axis = get_transform(name).axis
+    stages = axis.two_stage(n)
+    assert axis.output_order(n)[0] == (stages.p, stages.q) == factors
+    x = np.random.default_rng(n).normal(size=(n, 2))
+    y = x if stages.permutation is None else x[stages.permutation]
+    if stages.p > 1:
+        y = (stages.first @ y.reshape(stages.p, -1)).reshape(stages.p // 2, 2 * stages.q, 2)
+    np.testing.assert_allclose((stages.second @ y).reshape(n, 2)[stages.order], axis.forward_cpu(x, 0), atol=1e-11)
