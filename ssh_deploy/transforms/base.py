@@ -214,9 +214,9 @@ def _factor(n: int) -> tuple[int, int]:
     token reads for nothing else. q counts as the next multiple of 16: products that wide fill the processor's vectors.
     """
 
-    def cost(pair: tuple[int, int]) -> tuple[float, int]:
+    def cost(pair: tuple[int, int]) -> tuple[int, int]:
         p, q = pair[0], -(-pair[1] // 16) * 16
-        return p + 2 * q + (p * p / n + 2 * q), p
+        return n * (p + 2 * q) + p * p + 2 * n * q, p
 
     p, q = min(((p, n // p) for p in range(2, n + 1, 2) if n % p == 0), key=cost, default=(1, n))
     return (p, q) if p + 2 * q < n else (1, n)

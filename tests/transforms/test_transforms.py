@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssh_deploy.errors import RegistryError
-from ssh_deploy.testing import TransformContract, sparse_spectrum
+from ssh_deploy.testing import TransformContract, in_two_stages, sparse_spectrum
 from ssh_deploy.transforms import cpu, get_transform, reference, transform_names
 
 
@@ -123,7 +123,4 @@ def test_factors_of_a_length(name, n, factors):
     stages = axis.two_stage(n)
     assert axis.output_order(n)[0] == (stages.p, stages.q) == factors
     x = np.random.default_rng(n).normal(size=(n, 2))
-    y = x if stages.permutation is None else x[stages.permutation]
-    if stages.p > 1:
-        y = (stages.first @ y.reshape(stages.p, -1)).reshape(stages.p // 2, 2 * stages.q, 2)
-    np.testing.assert_allclose((stages.second @ y).reshape(n, 2)[stages.order], axis.forward_cpu(x, 0), atol=1e-11)
+    np.testing.assert_allclose(in_two_stages(axis, x), axis.forward_cpu(x, 0), atol=1e-11)
